@@ -1,0 +1,150 @@
+"""
+Teaches a GPT to add numbers of n digits.
+
+    python projects/adder/adder.py                          # two digits, about a minute on a CPU
+    python projects/adder/adder.py --data.ndigit=3          # three
+    python projects/adder/adder.py --help                   # every setting
+
+The problem 85 + 50 = 135 is written as the digits 8 5 5 0 5 3 1: no signs, since each number has its fixed length, and the
+sum from its last digit on, so that the model can carry as one does on paper: the digit that it writes next depends on
+digits that it has seen. It is trained to predict the sum's digits; those of the problem are not counted.
+"""
+
+import logging
+import sys
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from mingpt.model import GPT
+from mingpt.trainer import Trainer
+from mingpt.utils import CfgNode, set_seed, setup_logging
+
+logger = logging.getLogger("mingpt.adder")
+
+# -----------------------------------------------------------------------------
+
+def get_config() -> CfgNode:
+    C = CfgNode()
+
+    C.system = CfgNode()
+    C.system.seed = 3407
+    C.system.work_dir = "./out/adder" # where the log, the metrics and the model go
+
+    C.data = AdditionDataset.get_default_config()
+
+    C.model = GPT.get_default_config()
+    C.model.model_type = "gpt-nano"
+    C.model.embd_pdrop = C.model.resid_pdrop = C.model.attn_pdrop = 0.0 # the data has no noise: nothing to guard against
+
+    C.trainer = Trainer.get_default_config()
+    C.trainer.max_iters = 3000
+    C.trainer.batch_size = 128
+    C.trainer.learning_rate = 4e-3
+    C.trainer.warmup_iters = 100
+    C.trainer.eval_interval = 500
+
+    return C
+
+class AdditionDataset(Dataset):
+    """The problems a + b of two numbers with n digits each; 500 of them (or a fifth of all) are the test set.
+
+    Problem number p is a = p // 10^n, b = p % 10^n. No list of all is kept, so n can be large.
+    """
+
+    @staticmethod
+    def get_default_config() -> CfgNode:
+        C = CfgNode()
+        C.ndigit = 2 # digits of a and b
+        C.reverse = True # write the sum from its last digit on
+        return C
+
+    def __init__(self, config: CfgNode, split: str):
+        if not 1 <= config.ndigit <= 9:
+            raise ValueError(f"got --data.ndigit={config.ndigit}, expected 1 to 9")
+        self.config, self.split = config, split
+        self.total = 10 ** (2 * config.ndigit) # problems that there are
+        rng = np.random.default_rng(1337) # always the same test set
+        self.test = np.sort(rng.choice(self.total, min(500, self.total // 5), replace=False))
+
+    def get_vocab_size(self) -> int:
+        return 10
+
+    def get_block_size(self) -> int:
+        return 3 * self.config.ndigit # a, b and the n + 1 digits of the sum, of which the last is never an input
+
+    def __len__(self) -> int:
+        return len(self.test) if self.split == "test" else self.total - len(self.test)
+
+    def problems(self, indices) -> np.ndarray:
+        """The numbers of the problems at these places of the split."""
+        indices = np.asarray(indices)
+        if self.split == "test":
+            return self.test[indices]
+        before = self.test - np.arange(len(self.test)) # training problems before each test problem
+        return indices + np.searchsorted(before, indices, side="right") # step over the test problems
+
+    def digits(self, problems: np.ndarray) -> torch.Tensor:
+        """The digits of problems and sums: (B,) -> (B, 3n + 1)."""
+        n = self.config.ndigit
+        a, b = np.divmod(problems, 10 ** n)
+        places = 10 ** np.arange(n, -1, -1) # of n + 1 digits, the largest first
+        parts = [x[:, None] // places % 10 for x in (a, b, a + b)] # (B, n + 1) each
+        total = parts[2][:, ::-1] if self.config.reverse else parts[2]
+        return torch.from_numpy(np.concatenate((parts[0][:, 1:], parts[1][:, 1:], total), axis=1))
+
+    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch: x (B, 3n), y (B, 3n), where y is -1 up to the last digit of b."""
+        digits = self.digits(self.problems(indices))
+        x, y = digits[:, :-1], digits[:, 1:].clone()
+        y[:, : 2 * self.config.ndigit - 1] = -1
+        return x, y
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = self.__getitems__([index])
+        return x[0], y[0]
+
+# -----------------------------------------------------------------------------
+
+def exact_answers(model: GPT, dataset: AdditionDataset, device, max_problems: int = 10_000) -> tuple[int, int, list[str]]:
+    """How many sums the model gets right in every digit, of how many, and the first few that it gets wrong."""
+    n = dataset.config.ndigit
+    right, asked, mistakes = 0, min(len(dataset), max_problems), []
+    for start in range(0, asked, 1000):
+        problems = dataset.problems(np.arange(start, min(start + 1000, asked)))
+        digits = dataset.digits(problems).to(device) # (B, 3n + 1)
+        answers = model.generate(digits[:, :2 * n], n + 1) # (B, 3n + 1), greedy
+        correct = (answers == digits).all(dim=1).cpu().numpy()
+        right += int(correct.sum())
+        for problem, row in zip(problems[~correct], answers[:, 2 * n:].cpu()[~correct]):
+            a, b = divmod(int(problem), 10 ** n)
+            said = "".join(map(str, row.tolist()))[::-1 if dataset.config.reverse else 1]
+            mistakes.append(f"{a} + {b} = {a + b}, not {int(said)}")
+    return right, asked, mistakes[:5]
+
+def main(args: list[str]) -> None:
+    config = get_config()
+    config.merge_from_args(args)
+    set_seed(config.system.seed)
+    train_dataset, test_dataset = AdditionDataset(config.data, "train"), AdditionDataset(config.data, "test")
+    config.model.vocab_size, config.model.block_size = train_dataset.get_vocab_size(), train_dataset.get_block_size()
+    if config.trainer.lr_decay_iters is None:
+        config.trainer.lr_decay_iters = config.trainer.max_iters
+    config.trainer.work_dir = config.system.work_dir
+    model = GPT(config.model)
+    config.model = model.config
+    setup_logging(config)
+    trainer = Trainer(config.trainer, model, train_dataset, test_dataset)
+
+    def report(trainer: Trainer) -> None:
+        for name, dataset in (("train", train_dataset), ("test", test_dataset)):
+            right, asked, mistakes = exact_answers(model, dataset, trainer.device)
+            logger.info(f"{name:>12}: {right} of {asked} sums exact ({right / asked:.2%}){'; ' * bool(mistakes)}{'; '.join(mistakes)}")
+
+    trainer.add_callback("on_eval_end", report)
+    trainer.run()
+    logger.info(f"the model is in {config.system.work_dir}")
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
