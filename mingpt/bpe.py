@@ -11,7 +11,7 @@ How it goes, for " Hello!!":
 1. A regular expression cuts the text into words, spaces in front of them: " Hello", "!!". No token crosses such a cut.
 2. Each word becomes its UTF-8 bytes, written as one visible character per byte: "ĠHello" (see bytes_to_unicode).
 3. Of all neighbours in a word, the pair that training found most frequent is merged, then the next, until none is left to
-   merge: Ġ H e l l o -> Ġ H e ll o -> Ġ H ell o -> Ġ Hell o -> Ġ Hello -> ĠHello.
+   merge: Ġ H e l l o -> Ġ H e ll o -> ĠH e ll o -> ĠHe ll o -> ĠHell o -> ĠHello.
 4. Each symbol that stands in the end has a number in the vocabulary: 18435.
 "Neural Machine Translation of Rare Words with Subword Units", Sennrich et al. 2016; on bytes: the GPT-2 paper, section 2.2.
 """

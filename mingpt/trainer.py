@@ -158,10 +158,14 @@ class Trainer:
         """Trains for max_iters steps, from the checkpoint's on if one was loaded."""
         config, model, optimizer, scaler = self.config, self.model, self.optimizer, self.scaler
         parameters = [p for p in model.parameters() if p.requires_grad]
-        network = torch.compile(model) if config.compile else model
+        network = model
         if self.world_size > 1:
-            network = torch.nn.parallel.DistributedDataParallel(network)
+            network = ddp = torch.nn.parallel.DistributedDataParallel(model)
+        if config.compile:
+            network = torch.compile(network)
         self.iter_num, self._first_iter = self._first_iter, 0
+        if config.work_dir and self.rank == 0 and self.iter_num == 0:
+            self._path("metrics.jsonl").unlink(missing_ok=True) # of an earlier run
         batches = self._batches(self.iter_num)
         logged_iter, logged_time = self.iter_num, time.monotonic() # of the last log line
         self.iter_time = time.time()
@@ -181,7 +185,7 @@ class Trainer:
                 for micro_step in range(config.grad_accum_steps):
                     last = micro_step == config.grad_accum_steps - 1
                     x, y = next(batches)
-                    with contextlib.nullcontext() if last or self.world_size == 1 else network.no_sync():
+                    with contextlib.nullcontext() if last or self.world_size == 1 else ddp.no_sync():
                         with self._autocast():
                             _, loss = network(x, y)
                         scaler.scale(loss / config.grad_accum_steps).backward()
@@ -261,12 +265,13 @@ class Trainer:
 
         All processes must call it; each takes a share.
         """
-        size, batch_size = len(dataset), self.config.batch_size // self.config.grad_accum_steps
+        size = len(dataset)
         if size == 0:
             raise ValueError("there is no example to evaluate")
-        count = size if max_batches is None else min(size, max_batches * batch_size)
+        count = size if max_batches is None else min(size, max_batches * self.config.batch_size)
         chosen = np.linspace(0, size - 1, count).astype(int)[self.rank::self.world_size] # all, if count is size
-        batches = [chosen[i:i + batch_size].tolist() for i in range(0, len(chosen), batch_size)]
+        micro_size = max(1, self.config.batch_size // self.config.grad_accum_steps // self.world_size)
+        batches = [chosen[i:i + micro_size].tolist() for i in range(0, len(chosen), micro_size)]
         trained = [module for module in self.model.modules() if module.training]
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64) # sum of losses, number of examples
@@ -283,7 +288,7 @@ class Trainer:
 
     def _evaluate_and_keep_best(self) -> None:
         self.val_loss = self.evaluate(self.val_dataset, self.config.eval_batches)
-        logger.info(f"step {self.iter_num:>7}  validation loss {self.val_loss:.4f}")
+        self._say(f"step {self.iter_num:>7}  validation loss {self.val_loss:.4f}")
         self._write_metrics(split="val", loss=self.val_loss)
         if self.val_loss < self.best_loss:
             self.best_loss = self.val_loss
@@ -312,6 +317,10 @@ class Trainer:
     def _path(self, name: str) -> Path:
         return Path(self.config.work_dir) / name
 
+    def _say(self, message: str) -> None:
+        if self.rank == 0:
+            logger.info(message)
+
     def _log(self, lr: float, seconds_per_step: float, targets: int) -> None:
         """One line for people, one row for metrics.jsonl."""
         loss = self.loss
@@ -323,8 +332,8 @@ class Trainer:
         left = ""
         if self.config.max_iters:
             left = f"  {format_time((self.config.max_iters - self.iter_num) * seconds_per_step)} left"
-        logger.info(f"step {self.iter_num:>7}  loss {loss:.4f}  lr {lr:.2e}  {1000 * seconds_per_step:8.2f} ms  "
-                    f"{rate:>9,.0f} tokens/s{left}")
+        self._say(f"step {self.iter_num:>7}  loss {loss:.4f}  lr {lr:.2e}  {1000 * seconds_per_step:8.2f} ms  "
+                  f"{rate:>9,.0f} tokens/s{left}")
         self._write_metrics(split="train", loss=loss, lr=lr, grad_norm=float(self.grad_norm), tokens_per_second=round(rate),
                             seconds=round(self.elapsed, 3))
 
@@ -348,7 +357,7 @@ class Trainer:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             checkpoint = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
                               iter_num=self.iter_num, best_loss=self.best_loss, elapsed=self.elapsed, seed=self.seed,
-                              random_states=states, config=self.config.to_dict())
+                              random_states=states, config=json.loads(json.dumps(self.config.to_dict(), default=str)))
             with replacing(path) as part:
                 torch.save(checkpoint, part)
 
@@ -371,9 +380,10 @@ class Trainer:
             _set_random_state(states[self.rank])
         if self.config.work_dir and self.rank == 0 and self._path("metrics.jsonl").exists():
             rows = self._path("metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+            rows = [row for row in rows if row.endswith("}\n") and json.loads(row)["iteration"] <= self.iter_num]
             with replacing(self._path("metrics.jsonl")) as part: # without the steps that will be taken again
-                part.write_text("".join(row for row in rows if json.loads(row)["iteration"] <= self.iter_num), encoding="utf-8")
-        logger.info(f"going on from {path} after step {self.iter_num}")
+                part.write_text("".join(rows), encoding="utf-8")
+        self._say(f"going on from {path} after step {self.iter_num}")
 
 # -----------------------------------------------------------------------------
 

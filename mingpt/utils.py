@@ -121,7 +121,10 @@ def setup_logging(config: CfgNode) -> None:
     """Turns the log of minGPT on, to the console and to log.txt in config.system.work_dir.
 
     Also writes the command line (args.txt) and the configuration (config.json) there, so that a run can be repeated.
+    Of several processes under torchrun only the first does so.
     """
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     work_dir = Path(config.system.work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
     with replacing(work_dir / "args.txt") as part:
@@ -273,7 +276,7 @@ def _receive(response, part: Path) -> int | None:
     total = have + int(length) if length else None
     progress = Progress(response.url.partition("?")[0].rpartition("/")[2], total, have)
     with open(part, "ab" if have else "wb") as file:
-        for chunk in response.iter_content(1 << 20):
+        for chunk in response.iter_content(1 << 16):
             file.write(chunk)
             progress.update(file.tell())
     return total
@@ -301,7 +304,7 @@ def find_repository(name: str) -> tuple[Path, str | None]:
 
     Otherwise it is 'owner/repository' on the hub, https://huggingface.co or what HF_ENDPOINT names, kept in the cache folder.
     """
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name), None
     parts = name.split("/")
     if len(parts) != 2 or not all(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", part) for part in parts):

@@ -1,0 +1,438 @@
+"""The training loop: what it promises of batches, schedules, checkpoints, interruptions and processes."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+from common import ROOT, run_python, tiny_config
+from mingpt.model import GPT
+from mingpt.trainer import Trainer
+from mingpt.utils import set_seed
+from train_script import Pairs
+
+SCRIPT = Path(__file__).parent / "train_script.py"
+
+def make_trainer(model=None, train_dataset=None, val_dataset=None, **settings) -> Trainer:
+    config = Trainer.get_default_config()
+    config.merge_from_dict(dict(device="cpu", batch_size=8, max_iters=10, seed=5, log_interval=0, learning_rate=1e-2) | settings)
+    if model is None:
+        set_seed(1)
+        model = GPT(tiny_config(vocab_size=5, embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0))
+    return Trainer(config, model, Pairs() if train_dataset is None else train_dataset, val_dataset)
+
+def weights(model) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in model.state_dict().values()])
+
+def read_metrics(folder, *left_out) -> list[dict]:
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{key: value for key, value in row.items() if key not in left_out} for row in rows]
+
+class Folder(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+
+class Regression(torch.nn.Module):
+    """A module that is no GPT and has no configure_optimizers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+
+    def forward(self, x, y):
+        output = self.layer(x)
+        return output, ((output - y) ** 2).mean()
+
+class Line(torch.utils.data.Dataset):
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, index):
+        x = torch.tensor([index / 100, (index / 100) ** 2, 1.0])
+        return x, x[:1] * 2 + 1
+
+
+class Loop(unittest.TestCase):
+    def test_trains_any_module(self):
+        trainer = make_trainer(Regression(), Line(), max_iters=200, learning_rate=5e-2, weight_decay=0.0)
+        before = trainer.evaluate(Line())
+        trainer.run()
+        self.assertLess(trainer.evaluate(Line()), before / 100)
+        self.assertEqual(trainer.iter_num, 200)
+
+    def test_a_script_for_minGPT_runs_unchanged(self):
+        script = """
+import torch
+from torch.utils.data import Dataset
+from mingpt.model import GPT
+from mingpt.trainer import Trainer
+from mingpt.utils import set_seed
+set_seed(3407)
+class Copy(Dataset):
+    def __len__(self): return 50
+    def __getitem__(self, i):
+        row = torch.randint(3, (4,), dtype=torch.long)
+        row = torch.cat((row, row))
+        x, y = row[:-1].clone(), row[1:].clone()
+        y[:3] = -1
+        return x, y
+model_config = GPT.get_default_config()
+model_config.model_type = 'gpt-nano'
+model_config.vocab_size = 3
+model_config.block_size = 7
+model = GPT(model_config)
+train_config = Trainer.get_default_config()
+train_config.learning_rate = 5e-4
+train_config.max_iters = 20
+train_config.num_workers = 0
+trainer = Trainer(train_config, model, Copy())
+def batch_end_callback(trainer):
+    if trainer.iter_num % 10 == 0:
+        print(f"iter_dt {trainer.iter_dt * 1000:.2f}ms; iter {trainer.iter_num}: train loss {trainer.loss.item():.5f}")
+trainer.set_callback('on_batch_end', batch_end_callback)
+trainer.run()
+model.eval();
+inp = torch.tensor([[0, 1, 2, 1]], dtype=torch.long).to(trainer.device)
+with torch.no_grad():
+    print(model.generate(inp, 4, do_sample=False).shape)
+"""
+        printed = run_python("-c", script).stdout.splitlines()
+        self.assertEqual([line.split("iter ")[1].split(":")[0] for line in printed[:2]], ["0", "10"])
+        self.assertEqual(printed[2], "torch.Size([1, 8])")
+
+    def test_callbacks(self):
+        trainer, calls = make_trainer(max_iters=2, eval_interval=1, val_dataset=Pairs()), []
+        for event in ("on_train_start", "on_eval_end", "on_train_end"):
+            trainer.add_callback(event, lambda _, event=event: calls.append(event))
+        trainer.set_callback("on_batch_end", lambda _: calls.append("replaced"))
+        trainer.set_callback("on_batch_end", lambda trainer: calls.append(trainer.iter_num))
+        trainer.add_callback("on_batch_end", lambda trainer: calls.append(trainer.loss.item() > 0 and trainer.iter_dt >= 0))
+        trainer.run()
+        self.assertEqual(calls, ["on_train_start", 0, True, "on_eval_end", 1, True, "on_eval_end", "on_train_end"])
+        for method in (trainer.add_callback, trainer.set_callback):
+            with self.assertRaisesRegex(ValueError, "no event 'on_batch_ends'.*on_batch_end"):
+                method("on_batch_ends", print)
+
+    def test_run_twice_starts_over(self):
+        trainer = make_trainer(max_iters=3)
+        trainer.run()
+        first = weights(trainer.model)
+        trainer.run()
+        self.assertEqual(trainer.iter_num, 3)
+        self.assertFalse(torch.equal(weights(trainer.model), first))
+
+    def test_bad_settings(self):
+        for settings, message in (
+            (dict(batch_size=6, grad_accum_steps=4), "batch_size=6 does not divide.*multiple of 4"), (dict(batch_size=0), "batch_size=0"),
+            (dict(dtype="float8"), "dtype='float8'.*bfloat16"), (dict(schedule="step"), "schedule='step'"),
+            (dict(resume=True), "work_dir"), (dict(keep_best=True), "work_dir"),
+            (dict(resume=True, work_dir="/nonexistent/run"), "no checkpoint at /nonexistent/run"),
+        ):
+            with self.subTest(message), self.assertRaisesRegex(ValueError, message):
+                make_trainer(**settings)
+        with self.assertRaisesRegex(ValueError, "dataset is empty"):
+            make_trainer(train_dataset=torch.utils.data.TensorDataset(torch.zeros(0, 2), torch.zeros(0, 2)))
+
+    def test_learning_rate(self):
+        trainer = make_trainer(learning_rate=1.0, warmup_iters=10, lr_decay_iters=110, min_lr=0.1)
+        expected = {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 35: 0.1 + 0.9 * (0.5 + 0.5 * math.sqrt(0.5)), 60: 0.55, 110: 0.1, 1000: 0.1}
+        for iteration, rate in expected.items():
+            self.assertAlmostEqual(trainer.learning_rate(iteration), rate)
+        trainer.config.schedule = "linear"
+        self.assertAlmostEqual(trainer.learning_rate(35), 0.775)
+        trainer.config.lr_decay_iters = None
+        self.assertEqual(trainer.learning_rate(10 ** 6), 1.0)
+        used = []
+        trainer = make_trainer(learning_rate=1.0, warmup_iters=4, max_iters=6)
+        trainer.add_callback("on_batch_end", lambda trainer: used.append([group["lr"] for group in trainer.optimizer.param_groups]))
+        trainer.run()
+        self.assertEqual(used, [[rate] * 2 for rate in (0.25, 0.5, 0.75, 1.0, 1.0, 1.0)])
+
+    def test_accumulation_equals_one_large_batch(self):
+        for dataset in (Pairs(), VectorPairs()):
+            results = []
+            for steps in (1, 2, 8):
+                trainer = make_trainer(train_dataset=dataset, grad_accum_steps=steps, max_iters=5)
+                trainer.run()
+                results.append((weights(trainer.model), trainer.loss, trainer.grad_norm))
+            for result in results[1:]:
+                torch.testing.assert_close(result, results[0], atol=1e-5, rtol=1e-4)
+
+    def test_bfloat16(self):
+        types, losses = [], {}
+        for dtype in ("float32", "bfloat16"):
+            trainer = make_trainer(dtype=dtype, max_iters=60)
+            trainer.model.lm_head.register_forward_hook(lambda _module, _input, output: types.append(output.dtype))
+            before = trainer.evaluate(Pairs(), max_batches=5)
+            trainer.run()
+            losses[dtype] = trainer.evaluate(Pairs(), max_batches=5)
+            self.assertLess(losses[dtype], before - 0.005)
+            self.assertEqual(trainer.model.lm_head.weight.dtype, torch.float32)
+        self.assertEqual((types[0], types[-1]), (torch.float32, torch.bfloat16))
+        self.assertAlmostEqual(losses["bfloat16"], losses["float32"], delta=0.01)
+
+    def test_log_lines(self):
+        trainer = make_trainer(max_iters=20, log_interval=10)
+        with self.assertLogs("mingpt", "INFO") as logged:
+            trainer.run()
+        self.assertEqual(len(logged.output), 3)
+        self.assertRegex(logged.output[1], r"step +10  loss \d\.\d{4}  lr 1\.00e-02 +[\d.]+ ms +[\d,]+ tokens/s  0:00 left")
+
+
+class VectorPairs(Pairs):
+    """The same examples, fetched a whole batch at a time."""
+
+    def __getitems__(self, indices):
+        rows = [super(VectorPairs, self).__getitem__(index) for index in indices]
+        return torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows])
+
+
+class Batches(unittest.TestCase):
+    def seen(self, first_iter=0, count=6, **settings):
+        trainer = make_trainer(**settings)
+        batches = trainer._batches(first_iter)
+        return [next(batches)[0].tolist() for _ in range(count)]
+
+    def test_depend_on_seed_and_step_alone(self):
+        all_of_them = self.seen()
+        torch.manual_seed(123)
+        self.assertEqual(self.seen(), all_of_them)
+        self.assertEqual(self.seen(first_iter=4, count=2), all_of_them[4:])
+        self.assertEqual(self.seen(num_workers=2), all_of_them)
+        self.assertEqual(self.seen(train_dataset=VectorPairs()), all_of_them)
+        self.assertNotEqual(self.seen(seed=6), all_of_them)
+        self.assertNotEqual(all_of_them[0], all_of_them[1])
+
+    def test_processes_and_micro_batches_share_them_out(self):
+        whole = self.seen(count=2)
+        for world, steps in ((2, 1), (1, 4), (2, 2), (4, 2)):
+            parts = {}
+            for rank in range(world):
+                trainer = make_trainer(grad_accum_steps=steps)
+                trainer.rank, trainer.world_size = rank, world
+                batches = trainer._batches(0)
+                parts[rank] = [[next(batches)[0].tolist() for _ in range(steps)] for _ in range(2)]
+            for step in range(2):
+                joined = [row for micro in range(steps) for rank in range(world) for row in parts[rank][step][micro]]
+                self.assertEqual(joined, whole[step])
+
+    def test_the_seed_of_torch_is_the_default(self):
+        set_seed(11)
+        first = make_trainer(model=Regression(), train_dataset=Line(), seed=None)
+        self.assertEqual(first.seed, 11)
+
+    def test_loading_draws_nothing_from_the_global_generator(self):
+        trainer = make_trainer()
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        next(trainer._batches(0))
+        trainer.evaluate(Pairs(), 2)
+        self.assertTrue(torch.equal(torch.get_rng_state(), state))
+
+
+class Evaluate(unittest.TestCase):
+    def test_is_the_mean_over_examples(self):
+        trainer, dataset = make_trainer(batch_size=32), Pairs()
+        rows = [dataset[i] for i in range(1000)] # no multiple of the batch size
+        x, y = (torch.stack(part) for part in zip(*rows))
+        trainer.model.train()
+        with torch.no_grad():
+            expected = trainer.model.eval()(x, y)[1].item()
+        trainer.model.train()
+        self.assertAlmostEqual(trainer.evaluate(dataset), expected, places=5)
+        self.assertTrue(trainer.model.training)
+
+    def test_max_batches_spread_evenly(self):
+        trainer, asked = make_trainer(), []
+        class Watched(Pairs):
+            def __getitem__(self, index):
+                asked.append(index)
+                return super().__getitem__(index)
+        trainer.evaluate(Watched(), max_batches=2)
+        self.assertEqual(len(asked), 16)
+        self.assertEqual((asked[0], asked[-1], len(set(np.diff(asked)))), (0, 999, 2))
+        with self.assertRaisesRegex(ValueError, "no example"):
+            trainer.evaluate(torch.utils.data.TensorDataset(torch.zeros(0, 2), torch.zeros(0, 2)))
+
+
+class Checkpoints(Folder):
+    def test_resume_is_exact(self):
+        def run(**settings):
+            set_seed(1)
+            trainer = make_trainer(model=GPT(tiny_config(vocab_size=5)), warmup_iters=5, lr_decay_iters=20, **settings)
+            draws = []
+            trainer.add_callback("on_batch_end", lambda _: draws.append((random.random(), np.random.rand(), torch.rand(()).item())))
+            trainer.run()
+            return weights(trainer.model), draws
+        expected, draws = run(max_iters=20)
+        run(max_iters=7, work_dir=self.folder)
+        resumed, rest = run(max_iters=20, work_dir=self.folder, resume=True)
+        self.assertTrue(torch.equal(resumed, expected))
+        self.assertEqual(rest, draws[7:])
+
+    def test_save_and_load_by_hand(self):
+        trainer = make_trainer(max_iters=4)
+        trainer.run()
+        trainer.save_checkpoint(self.folder / "sub" / "x.pt")
+        other = make_trainer(max_iters=4)
+        other.load_checkpoint(self.folder / "sub" / "x.pt")
+        self.assertTrue(torch.equal(weights(other.model), weights(trainer.model)))
+        self.assertEqual(other.iter_num, 4)
+        other.run()
+        self.assertTrue(torch.equal(weights(other.model), weights(trainer.model))) # there was nothing left to do
+        self.assertIn("learning_rate", torch.load(self.folder / "sub" / "x.pt", weights_only=True)["config"])
+
+    def test_another_model_is_refused_and_nothing_changed(self):
+        make_trainer(max_iters=1, work_dir=self.folder).run()
+        other = make_trainer(model=GPT(tiny_config(vocab_size=5, n_layer=3, n_embd=8)), work_dir=self.folder)
+        before = weights(other.model)
+        with self.assertRaisesRegex(ValueError, r"another model: lm_head.weight: \(5, 16\) in the file, \(5, 8\) in the model.*more"):
+            other.load_checkpoint(self.folder / "checkpoint.pt")
+        self.assertTrue(torch.equal(weights(other.model), before))
+
+    def test_the_best_is_kept(self):
+        trainer = make_trainer(max_iters=6, eval_interval=1, val_dataset=Pairs(), work_dir=self.folder, keep_best=True)
+        losses = iter([3.0, 2.0, 2.5, 1.5, 1.6, 1.7])
+        with mock.patch.object(trainer, "evaluate", lambda *_: next(losses)):
+            trainer.run()
+        best = torch.load(self.folder / "best.pt", weights_only=True)
+        self.assertEqual((best["iter_num"], best["best_loss"]), (4, 1.5))
+
+    def test_float16_scaler_is_restored(self):
+        trainer = make_trainer(dtype="float16", work_dir=self.folder, max_iters=3)
+        trainer.run()
+        trainer.scaler.update(new_scale=1024.0) # not the value that it starts with
+        trainer.save_checkpoint(self.folder / "checkpoint.pt")
+        self.assertEqual(trainer.scaler.state_dict()["scale"], 1024.0)
+        other = make_trainer(dtype="float16", work_dir=self.folder, resume=True)
+        self.assertEqual(other.scaler.state_dict(), trainer.scaler.state_dict())
+
+    def test_metrics(self):
+        trainer = make_trainer(max_iters=4, eval_interval=2, val_dataset=Pairs(), work_dir=self.folder, log_interval=2)
+        trainer.run()
+        rows = read_metrics(self.folder)
+        self.assertEqual([(row["iteration"], row["split"]) for row in rows], [(1, "train"), (2, "train"), (2, "val"), (4, "train"), (4, "val")])
+        self.assertEqual(set(rows[0]), {"iteration", "split", "loss", "lr", "grad_norm", "tokens_per_second", "seconds"})
+        self.assertEqual(rows[-1]["loss"], trainer.evaluate(Pairs()))
+        trainer = make_trainer(max_iters=1, work_dir=self.folder, log_interval=1)
+        trainer.run() # a new run in the same folder starts a new file
+        self.assertEqual(len(read_metrics(self.folder)), 1)
+
+    def test_a_torn_row_does_not_keep_a_run_from_going_on(self):
+        make_trainer(max_iters=2, work_dir=self.folder, log_interval=1).run()
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write('{"iteration": 3, "spl')
+        make_trainer(max_iters=3, work_dir=self.folder, log_interval=1, resume=True).run()
+        self.assertEqual([row["iteration"] for row in read_metrics(self.folder)], [1, 2, 3])
+
+    def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(self):
+        result = run_python(SCRIPT, f"--trainer.work_dir={self.folder}", "--trainer.checkpoint_interval=4", "--fail_at=9",
+                            "--trainer.log_interval=10", check=False)
+        self.assertNotEqual(result.returncode, 0)
+        self.assertRegex(result.stderr, r"the loss is nan.*at step 1[0-2].*lower learning_rate")
+        checkpoint = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        self.assertEqual(checkpoint["iter_num"], 8)
+        self.assertTrue(all(tensor.isfinite().all() for tensor in checkpoint["model"].values()))
+
+    def test_a_full_disk_leaves_the_last_checkpoint_whole(self):
+        make_trainer(max_iters=2, work_dir=self.folder).run()
+        before = (self.folder / "checkpoint.pt").read_bytes()
+        limit = f"import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.argv = [{str(SCRIPT)!r}, *sys.argv[1:]]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        result = run_python("-c", limit, f"--trainer.work_dir={self.folder}", "--trainer.max_iters=3", check=False)
+        self.assertNotEqual(result.returncode, 0)
+        self.assertIn("Error", result.stderr)
+        self.assertEqual((self.folder / "checkpoint.pt").read_bytes(), before)
+        self.assertEqual(sorted(path.name for path in self.folder.iterdir()), ["checkpoint.pt", "metrics.jsonl"])
+
+    def test_a_place_that_cannot_be_written_to_is_an_error(self):
+        (self.folder / "file").write_text("in the way")
+        with self.assertRaises(OSError):
+            make_trainer(max_iters=1, work_dir=self.folder / "file" / "run").run()
+
+
+class Interruptions(Folder):
+    def start(self, *args):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+        return subprocess.Popen([sys.executable, str(SCRIPT), *args], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def test_ten_kills_at_random_moments_change_nothing(self):
+        settings = ("--trainer.max_iters=130", "--trainer.checkpoint_interval=3", "--trainer.eval_interval=10", "--trainer.log_interval=2",
+                    "--trainer.keep_best=True", "--trainer.eval_batches=2")
+        expected = run_python(SCRIPT, *settings, f"--trainer.work_dir={self.folder / 'whole'}").stdout.splitlines()[-1]
+        rng, kills, broken = random.Random(8), 0, self.folder / "broken"
+        for kills in range(10):
+            resume = (broken / "checkpoint.pt").exists()
+            process = self.start(*settings, f"--trainer.work_dir={broken}", f"--trainer.resume={resume}", "--pause=0.005")
+            for _ in range(rng.randint(1, 6)): # log lines, so that it is under way
+                process.stdout.readline()
+            time.sleep(rng.random() * 0.06)
+            process.kill()
+            process.communicate()
+            self.assertEqual(process.returncode, -signal.SIGKILL)
+        self.assertGreater(torch.load(broken / "checkpoint.pt", weights_only=True)["iter_num"], 10)
+        last = run_python(SCRIPT, *settings, f"--trainer.work_dir={broken}", "--trainer.resume=True").stdout.splitlines()[-1]
+        self.assertRegex(expected, "^digest ")
+        self.assertEqual(last, expected)
+        times = ("seconds", "tokens_per_second")
+        self.assertEqual(read_metrics(broken, *times), read_metrics(self.folder / "whole", *times))
+
+    def test_sigterm_and_ctrl_c_finish_the_step_save_and_say_how_to_go_on(self):
+        expected = run_python(SCRIPT, f"--trainer.work_dir={self.folder / 'whole'}").stdout.splitlines()[-1]
+        for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+            work_dir = self.folder / number.name
+            process = self.start(f"--trainer.work_dir={work_dir}", "--pause=0.05")
+            process.stdout.readline()
+            process.stdout.readline()
+            process.send_signal(number)
+            printed, _ = process.communicate(timeout=60)
+            self.assertIn(process.returncode, (code, -number))
+            self.assertRegex(printed, r"stopped after step \d+; .*checkpoint.pt is saved, go on with --trainer.resume=True")
+            last = run_python(SCRIPT, f"--trainer.work_dir={work_dir}", "--trainer.resume=True").stdout.splitlines()[-1]
+            self.assertEqual(last, expected)
+
+
+class Processes(Folder):
+    def torchrun(self, count, *args, check=True):
+        return run_python("-m", "torch.distributed.run", f"--nproc_per_node={count}", "--standalone", SCRIPT, "--dropout=0.0",
+                          *args, check=check, OMP_NUM_THREADS="1")
+
+    def losses(self, name):
+        return torch.tensor([row["loss"] for row in read_metrics(self.folder / name)])
+
+    def test_two_processes_equal_one_and_may_take_over_from_it(self):
+        evaluation = ("--trainer.eval_interval=15", "--trainer.eval_batches=4")
+        run_python(SCRIPT, "--dropout=0.0", f"--trainer.work_dir={self.folder / 'one'}", *evaluation)
+        self.torchrun(2, f"--trainer.work_dir={self.folder / 'two'}", "--trainer.grad_accum_steps=2", *evaluation)
+        run_python(SCRIPT, "--dropout=0.0", f"--trainer.work_dir={self.folder / 'then'}", "--trainer.max_iters=15", *evaluation)
+        printed = self.torchrun(2, f"--trainer.work_dir={self.folder / 'then'}", "--trainer.resume=True", *evaluation).stdout
+        self.assertEqual(len(self.losses("one")), 32)
+        torch.testing.assert_close(self.losses("two"), self.losses("one"), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(self.losses("then"), self.losses("one"), atol=1e-4, rtol=1e-4)
+        self.assertEqual(printed.count("step      30  loss"), 1) # one process speaks
+
+    def test_a_batch_that_does_not_divide_is_an_error_at_once(self):
+        result = self.torchrun(2, "--trainer.batch_size=7", check=False)
+        self.assertNotEqual(result.returncode, 0)
+        self.assertIn("batch_size=7 does not divide by 2 processes", result.stderr)
+        self.assertNotIn("loss", result.stdout)
+
+
+if __name__ == "__main__":
+    unittest.main()
