@@ -14,6 +14,7 @@ Letters in the shape comments: B batch, T time (tokens in a row), C channels (n_
 The shape of the network is GPT-2's: "Language Models are Unsupervised Multitask Learners", section 2.3.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -416,10 +417,10 @@ def _read_weights(name: str, folder: Path, address: str | None) -> dict[str, tor
     return state
 
 def _read_json(path: Path) -> dict:
-    content = json.loads(path.read_text(encoding="utf-8")) # raises ValueError if it is something else
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return content
+    with contextlib.suppress(ValueError):
+        if isinstance(content := json.loads(path.read_text(encoding="utf-8")), dict):
+            return content
+    raise ValueError(f"{path} holds no JSON object")
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of one file, mapped into memory where the format allows: read when they are first used."""

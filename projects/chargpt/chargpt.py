@@ -87,7 +87,7 @@ class CharDataset(Dataset):
         self.text, self.block_size, self.stride = text, block_size, stride
 
     def __len__(self) -> int:
-        return math.ceil((len(self.text) - self.block_size) / self.stride)
+        return math.ceil((len(self.text) - self.block_size - 1) / self.stride) + 1
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch: x (B, T) and y (B, T), one character later."""

@@ -1,0 +1,164 @@
+"""The projects, run as a user runs them: as scripts, from any folder."""
+
+import importlib.util
+import json
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import ROOT, run_python
+
+ADDER, CHARGPT = ROOT / "projects" / "adder" / "adder.py", ROOT / "projects" / "chargpt" / "chargpt.py"
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+adder, chargpt = load(ADDER), load(CHARGPT)
+
+class Folder(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def run_script(self, path, *args, check=True):
+        return run_python(path, *args, cwd=self.folder, check=check)
+
+    def fails(self, path, message, *args):
+        result = self.run_script(path, *args, check=False)
+        self.assertNotEqual(result.returncode, 0)
+        self.assertRegex(result.stderr.splitlines()[-1], message)
+
+
+class AdditionDataset(unittest.TestCase):
+    def make(self, split, **changes):
+        config = adder.AdditionDataset.get_default_config()
+        config.merge_from_dict(changes)
+        return adder.AdditionDataset(config, split)
+
+    def test_every_problem_is_in_one_split_once(self):
+        for ndigit, tests in ((1, 20), (2, 500)):
+            train, test = self.make("train", ndigit=ndigit), self.make("test", ndigit=ndigit)
+            problems = [dataset.problems(np.arange(len(dataset))).tolist() for dataset in (train, test)]
+            self.assertEqual(sorted(problems[0] + problems[1]), list(range(10 ** (2 * ndigit))))
+            self.assertEqual(len(test), tests)
+
+    def test_many_digits(self):
+        train, test = self.make("train", ndigit=8), self.make("test", ndigit=8)
+        self.assertEqual(len(train) + len(test), 10 ** 16)
+        near = np.unique(np.clip(test.test[:, None] + np.arange(-600, 3), 0, len(train) - 1)) # where problems are stepped over
+        self.assertFalse(set(train.problems(near).tolist()) & set(test.test.tolist()))
+        self.assertEqual(len(set(train.problems(near).tolist())), len(near))
+        with self.assertRaisesRegex(ValueError, "ndigit=10"):
+            self.make("train", ndigit=10)
+
+    def test_digits(self):
+        for reverse, expected in ((True, [8, 5, 5, 0, 5, 3, 1]), (False, [8, 5, 5, 0, 1, 3, 5])):
+            dataset = self.make("train", reverse=reverse)
+            self.assertEqual(dataset.digits(np.array([8550])).tolist(), [expected])
+        dataset = self.make("test", ndigit=3)
+        x, y = dataset.__getitems__([0, 7, 499])
+        for row, problem in enumerate(dataset.problems([0, 7, 499])):
+            a, b = divmod(int(problem), 1000)
+            text = f"{a:03d}{b:03d}" + f"{a + b:04d}"[::-1]
+            self.assertEqual("".join(map(str, x[row].tolist())), text[:-1])
+            self.assertEqual(y[row].tolist(), [-1] * 5 + [int(digit) for digit in text[6:]])
+            self.assertEqual(dataset[[0, 7, 499][row]][1].tolist(), y[row].tolist())
+
+
+class Adder(Folder):
+    def test_short_run_from_another_folder(self):
+        printed = self.run_script(ADDER, "--data.ndigit=1", "--trainer.max_iters=600", "--trainer.eval_interval=600").stdout
+        self.assertRegex(printed, r"step +600  loss .* left")
+        self.assertRegex(printed, r"train: 80 of 80 sums exact \(100.00%\)")
+        self.assertRegex(printed, r"test: \d+ of 20 sums exact")
+        folder = self.folder / "out" / "adder"
+        self.assertEqual(sorted(path.name for path in folder.iterdir()), ["args.txt", "checkpoint.pt", "config.json", "log.txt", "metrics.jsonl"])
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.assertEqual((config["model"]["n_layer"], config["model"]["vocab_size"]), (3, 10)) # the final sizes
+        self.assertEqual((folder / "log.txt").read_text(encoding="utf-8"), printed)
+
+    def test_mistakes_on_the_command_line(self):
+        self.fails(ADDER, "no setting --data.ndigits; did you mean --data.ndigit", "--data.ndigits=3")
+        self.fails(ADDER, "--data.ndigit=0", "--data.ndigit=0")
+        self.assertEqual(list(self.folder.iterdir()), []) # nothing was begun
+        self.assertIn("--trainer.max_iters=3000", self.run_script(ADDER, "--help").stdout)
+
+
+class CharGPT(Folder):
+    TINY = ("--model.n_layer=1", "--model.n_head=1", "--model.n_embd=16", "--data.block_size=16", "--trainer.max_iters=30",
+            "--trainer.eval_interval=30", "--system.length=40")
+
+    def test_python_help_texts_then_samples(self):
+        printed = self.run_script(CHARGPT, *self.TINY).stdout
+        self.assertRegex(printed, r"validation loss over all [\d,]+ characters: \d\.\d{4} nats, \d\.\d{4} bits per character")
+        sampled = self.run_script(CHARGPT, "--system.mode=sample", "--system.prompt=The ", "--system.length=50").stdout
+        self.assertTrue(sampled.startswith("The "))
+        self.assertEqual(len(sampled.rstrip("\n")) >= 4 and len(sampled), 4 + 50 + 1)
+        self.fails(CHARGPT, r"the prompt has \['🤗'\], which the model has never seen", "--system.mode=sample", "--system.prompt=a🤗")
+
+    def test_a_text_of_ones_own(self):
+        (self.folder / "in.txt").write_text("Größe! 世界\n" * 100, encoding="utf-8")
+        printed = self.run_script(CHARGPT, "--data.path=in.txt", *self.TINY).stdout
+        self.assertIn("1,000 characters, 10 of them distinct", printed)
+        self.fails(CHARGPT, "the prompt has", "--data.path=in.txt", "--system.prompt=xyz", *self.TINY)
+
+    def test_bad_texts(self):
+        for content, message in ((b"", "0 distinct characters"), (b"a" * 1000, "1 distinct character"), (b"good " * 99 + b"\xff", "0xff at position 495"),
+                                 (b"ab" * 20, "text of 4 characters for a block_size of 16|text of .* block_size")):
+            (self.folder / "in.txt").write_bytes(content)
+            self.fails(CHARGPT, message, "--data.path=in.txt", *self.TINY)
+        self.fails(CHARGPT, "No such file", "--data.path=nothing.txt", *self.TINY)
+        self.fails(CHARGPT, "there is no model in", "--system.mode=sample", "--system.work_dir=nowhere")
+        self.fails(CHARGPT, "no checkpoint at", "--trainer.resume=True", *self.TINY)
+        self.fails(CHARGPT, "expected train or sample", "--system.mode=chat")
+
+    def test_resume(self):
+        whole = self.run_script(CHARGPT, *self.TINY, "--system.work_dir=whole").stdout
+        self.run_script(CHARGPT, *self.TINY, "--system.work_dir=parts", "--trainer.max_iters=10", "--trainer.lr_decay_iters=30")
+        resumed = self.run_script(CHARGPT, *self.TINY, "--system.work_dir=parts", "--trainer.resume=True").stdout
+        last = [[line for line in printed.splitlines() if line.startswith("validation loss")] for printed in (whole, resumed)]
+        self.assertEqual(last[0], last[1])
+
+    def test_two_processes(self):
+        printed = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", CHARGPT, *self.TINY,
+                             cwd=self.folder, OMP_NUM_THREADS="1").stdout
+        self.assertEqual(printed.count("the model is in"), 1)
+
+
+class CharDataset(Folder):
+    def test_encoding_in_blocks(self):
+        text = "aé世🤗 \n" * 400_000 # more than one block, characters of every width
+        (self.folder / "in.txt").write_text(text, encoding="utf-8")
+        chars, codes = chargpt.load_text(str(self.folder / "in.txt"))
+        self.assertEqual(chars, "\n aé世🤗")
+        self.assertEqual(codes.dtype, np.uint8)
+        self.assertEqual("".join(chars[code] for code in codes[-12:]), text[-12:])
+        self.assertEqual(len(codes), len(text))
+
+    def test_windows(self):
+        text = np.arange(100, dtype=np.uint8)
+        dataset = chargpt.CharDataset(text, 8)
+        self.assertEqual(len(dataset), 92)
+        x, y = dataset[91]
+        self.assertEqual((x.tolist(), y.tolist()), (list(range(91, 99)), list(range(92, 100))))
+
+    def test_validation_covers_every_character(self):
+        for length in (9, 16, 17, 18, 100):
+            dataset = chargpt.CharDataset(np.arange(length, dtype=np.uint8), 8, stride=8)
+            predicted = torch.cat([dataset[i][1] for i in range(len(dataset))]).tolist()
+            self.assertEqual(set(predicted), set(range(1, length)))
+            self.assertLess(len(predicted), length + 8)
+        with self.assertRaisesRegex(ValueError, "8 characters for a block_size of 8"):
+            chargpt.CharDataset(np.arange(8, dtype=np.uint8), 8)
+
+
+if __name__ == "__main__":
+    unittest.main()
