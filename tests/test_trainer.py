@@ -93,28 +93,28 @@ class Copy(Dataset):
         x, y = row[:-1].clone(), row[1:].clone()
         y[:3] = -1
         return x, y
-model_config = GPT.get_default_config()
-model_config.model_type = 'gpt-nano'
-model_config.vocab_size = 3
-model_config.block_size = 7
-model = GPT(model_config)
-train_config = Trainer.get_default_config()
-train_config.learning_rate = 5e-4
-train_config.max_iters = 20
-train_config.num_workers = 0
-trainer = Trainer(train_config, model, Copy())
-def batch_end_callback(trainer):
+sizes = GPT.get_default_config()
+sizes.model_type = 'gpt-nano'
+sizes.vocab_size = 3
+sizes.block_size = 7
+model = GPT(sizes)
+settings = Trainer.get_default_config()
+settings.num_workers = 0
+settings.max_iters = 20
+settings.learning_rate = 5e-4
+trainer = Trainer(settings, model, Copy())
+def report(trainer):
     if trainer.iter_num % 10 == 0:
-        print(f"iter_dt {trainer.iter_dt * 1000:.2f}ms; iter {trainer.iter_num}: train loss {trainer.loss.item():.5f}")
-trainer.set_callback('on_batch_end', batch_end_callback)
+        print("step", trainer.iter_num, "took", trainer.iter_dt, "loss", trainer.loss.item())
+trainer.set_callback('on_batch_end', report)
 trainer.run()
-model.eval();
-inp = torch.tensor([[0, 1, 2, 1]], dtype=torch.long).to(trainer.device)
+model.eval()
+prompt = torch.tensor([[0, 1, 2, 1]]).to(trainer.device)
 with torch.no_grad():
-    print(model.generate(inp, 4, do_sample=False).shape)
+    print(model.generate(prompt, 4, do_sample=False).shape)
 """
         printed = run_python("-c", script).stdout.splitlines()
-        self.assertEqual([line.split("iter ")[1].split(":")[0] for line in printed[:2]], ["0", "10"])
+        self.assertEqual([line.split()[:3] for line in printed[:2]], [["step", "0", "took"], ["step", "10", "took"]])
         self.assertEqual(printed[2], "torch.Size([1, 8])")
 
     def test_callbacks(self):
