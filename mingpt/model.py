@@ -50,10 +50,9 @@ class CausalSelfAttention(nn.Module):
             raise ValueError(f"n_embd={config.n_embd} does not divide into n_head={config.n_head} heads of equal size; "
                              "choose n_embd as a multiple of n_head")
         self.n_head = config.n_head
-        self.attn_pdrop = config.attn_pdrop
+        self.attn_pdrop, self.resid_pdrop = config.attn_pdrop, config.resid_pdrop
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd) # query, key and value of all heads in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
         B, T, C = x.shape
@@ -67,7 +66,7 @@ class CausalSelfAttention(nn.Module):
         dropout_p = self.attn_pdrop if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=past == 0 and T > 1) # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C) # the heads side by side again
-        return self.resid_dropout(self.c_proj(y))
+        return F.dropout(self.c_proj(y), self.resid_pdrop, self.training)
 
 class MLP(nn.Module):
     """What each token makes of what it gathered: two layers, the inner one four times as wide."""
@@ -75,12 +74,12 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.act = nn.GELU(approximate=config.gelu_approximate)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.dropout = nn.Dropout(config.resid_pdrop)
+        self.gelu_approximate, self.resid_pdrop = config.gelu_approximate, config.resid_pdrop
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.c_proj(self.act(self.c_fc(x)))) # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+        x = F.gelu(self.c_fc(x), approximate=self.gelu_approximate) # (B, T, C) -> (B, T, 4C)
+        return F.dropout(self.c_proj(x), self.resid_pdrop, self.training) # -> (B, T, C)
 
 class Block(nn.Module):
     """Attention, then MLP; each reads a normalised copy of the residual stream and adds its result to it."""
@@ -267,10 +266,12 @@ class GPT(nn.Module):
         try:
             cache = KVCache(min(idx.size(1) + max_new_tokens, self.block_size)) if use_cache else None
             stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device) # (B,)
+            text, unread = [idx], idx # pieces (B, T), (B, 1), (B, 1), ...; and what of them the cache lacks
             for _ in range(max_new_tokens):
-                if idx.size(1) > self.block_size:
+                if cache is not None and cache.length + unread.size(1) > self.block_size:
                     cache = None # the window moves, and with it the position of each token: what was kept holds no more
-                unread = idx[:, -self.block_size:] if cache is None else idx[:, cache.length:] # the prompt, then one by one
+                if cache is None:
+                    unread = torch.cat(text, dim=1)[:, -self.block_size:]
                 x = self._features(unread, cache)[:, -1] # (B, C): only what follows the last token is asked for
                 token = choose(self.lm_head(x)) # (B,)
                 if stop_token is not None:
@@ -279,7 +280,8 @@ class GPT(nn.Module):
                 yield token
                 if stop_token is not None and stopped.all():
                     break
-                idx = torch.cat((idx, token[:, None]), dim=1) # (B, T + 1)
+                unread = token[:, None] # (B, 1)
+                text.append(unread)
         finally:
             for module in trained:
                 module.training = True

@@ -83,6 +83,8 @@ class Trainer:
                                                weight_decay=config.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.dtype == torch.float16)
         self.seed = torch.initial_seed() if config.seed is None else config.seed
+        if self.rank > 0:
+            torch.manual_seed(self.seed + self.rank) # processes drop out different units
 
         self.iter_num = 0 # the step under way
         self.iter_time = 0.0 # when the last step ended, in seconds
@@ -289,7 +291,7 @@ class Trainer:
     def _evaluate_and_keep_best(self) -> None:
         self.val_loss = self.evaluate(self.val_dataset, self.config.eval_batches)
         self._say(f"step {self.iter_num:>7}  validation loss {self.val_loss:.4f}")
-        self._write_metrics(split="val", loss=self.val_loss)
+        self.write_metrics(split="val", loss=self.val_loss)
         if self.val_loss < self.best_loss:
             self.best_loss = self.val_loss
             if self.config.keep_best:
@@ -334,10 +336,11 @@ class Trainer:
             left = f"  {format_time((self.config.max_iters - self.iter_num) * seconds_per_step)} left"
         self._say(f"step {self.iter_num:>7}  loss {loss:.4f}  lr {lr:.2e}  {1000 * seconds_per_step:8.2f} ms  "
                   f"{rate:>9,.0f} tokens/s{left}")
-        self._write_metrics(split="train", loss=loss, lr=lr, grad_norm=float(self.grad_norm), tokens_per_second=round(rate),
+        self.write_metrics(split="train", loss=loss, lr=lr, grad_norm=float(self.grad_norm), tokens_per_second=round(rate),
                             seconds=round(self.elapsed, 3))
 
-    def _write_metrics(self, **row) -> None:
+    def write_metrics(self, **row) -> None:
+        """Adds a row to metrics.jsonl in work_dir, if there is one; callbacks may add their own."""
         if self.config.work_dir and self.rank == 0:
             self._path("").mkdir(parents=True, exist_ok=True)
             line = json.dumps({"iteration": self.iter_num, **row}) + "\n"
@@ -375,9 +378,8 @@ class Trainer:
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.iter_num = self._first_iter = checkpoint["iter_num"]
         self.best_loss, self.elapsed, self.seed = checkpoint["best_loss"], checkpoint["elapsed"], checkpoint["seed"]
-        states = checkpoint["random_states"]
-        if len(states) == self.world_size:
-            _set_random_state(states[self.rank])
+        if self.rank < len(checkpoint["random_states"]): # there may be more processes now
+            _set_random_state(checkpoint["random_states"][self.rank])
         if self.config.work_dir and self.rank == 0 and self._path("metrics.jsonl").exists():
             rows = self._path("metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
             rows = [row for row in rows if row.endswith("}\n") and json.loads(row)["iteration"] <= self.iter_num]
@@ -410,10 +412,10 @@ def _due(interval: int, iteration: int, last: bool) -> bool:
     return interval > 0 and (last or iteration % interval == 0)
 
 class _Interrupts:
-    """While it is open, Ctrl-C and SIGTERM are noted for the loop to act on; a second one is obeyed at once."""
+    """While it is open, Ctrl-C and SIGTERM are noted for the loop to act on; one more, a second later, is obeyed at once."""
 
     def __enter__(self):
-        self.received, self.before = 0, {}
+        self.received, self.time, self.before = 0, math.inf, {}
         with contextlib.suppress(ValueError): # signals belong to the main thread; in another one there are none to note
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self._note)
@@ -424,9 +426,10 @@ class _Interrupts:
             signal.signal(number, handler)
 
     def _note(self, number, _frame):
-        if self.received:
+        if time.monotonic() > self.time + 1: # under torchrun the same Ctrl-C comes twice, from the terminal and from torchrun
             self.leave("stopped within a step")
-        self.received = number
+        if not self.received:
+            self.received, self.time = number, time.monotonic()
 
     def leave(self, message: str) -> None:
         logger.info(message)

@@ -1,16 +1,20 @@
 """The projects, run as a user runs them: as scripts, from any folder."""
 
+import hashlib
 import importlib.util
+import io
 import json
-import sys
+import os
 import tempfile
 import unittest
+import zipfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
-from common import ROOT, run_python
+from common import ROOT, Server, run_python
 
 ADDER, CHARGPT = ROOT / "projects" / "adder" / "adder.py", ROOT / "projects" / "chargpt" / "chargpt.py"
 
@@ -73,6 +77,25 @@ class AdditionDataset(unittest.TestCase):
             self.assertEqual(dataset[[0, 7, 499][row]][1].tolist(), y[row].tolist())
 
 
+    def test_carries(self):
+        for n, a, b, carries in ((2, 85, 50, 1), (2, 85, 57, 2), (2, 0, 0, 0), (2, 99, 1, 2), (3, 555, 555, 3), (3, 500, 500, 1), (3, 129, 870, 0)):
+            self.assertEqual(adder.count_carries(np.array([a * 10 ** n + b]), n).tolist(), [carries])
+
+    def test_mistakes_are_found(self):
+        for reverse in (True, False):
+            dataset = self.make("test", reverse=reverse)
+            class Oracle: # adds without a mistake but for one problem
+                def generate(self, digits, count):
+                    text = ["".join(map(str, row)) for row in digits.tolist()]
+                    sums = [f"{int(row[:2]) + int(row[2:]) + 5 * (row == spoiled):03d}" for row in text]
+                    return torch.tensor([list(map(int, row + (total[::-1] if reverse else total))) for row, total in zip(text, sums)])
+            spoiled = f"{dataset.test[3]:04d}"
+            problems, sums, right = adder.find_mistakes(Oracle(), dataset, "cpu")
+            self.assertEqual(np.flatnonzero(~right).tolist(), [3])
+            self.assertEqual(sums[3], int(spoiled[:2]) + int(spoiled[2:]) + 5)
+            self.assertEqual(problems.tolist(), dataset.test.tolist())
+
+
 class Adder(Folder):
     def test_short_run_from_another_folder(self):
         printed = self.run_script(ADDER, "--data.ndigit=1", "--trainer.max_iters=600", "--trainer.eval_interval=600").stdout
@@ -131,6 +154,57 @@ class CharGPT(Folder):
         printed = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", CHARGPT, *self.TINY,
                              cwd=self.folder, OMP_NUM_THREADS="1").stdout
         self.assertEqual(printed.count("the model is in"), 1)
+
+
+class NamedData(Server):
+    """tinyshakespeare, text8 and enwik8 from a server on this machine."""
+
+    def setUp(self):
+        super().setUp()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        data = {}
+        for name, text in (("tinyshakespeare", b"To be, or not to be\n" * 50), ("text8", b" anarchism originated as a term" * 50),
+                           ("enwik8", "<page>Größe 世界</page>\n".encode() * 50)):
+            body = text
+            if name != "tinyshakespeare":
+                file = io.BytesIO()
+                with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+                    archive.writestr(name, text)
+                body = file.getvalue()
+            self.files[f"/{name}.zip"] = [dict(body=body)]
+            data[name] = (f"{self.address}/{name}.zip", hashlib.sha1(text).hexdigest(), chargpt.DATASETS[name][2])
+        data["tinyshakespeare"] = (self.address + "/input.txt", *data["tinyshakespeare"][1:])
+        self.files["/input.txt"] = self.files["/tinyshakespeare.zip"]
+        for target in (mock.patch.dict(chargpt.DATASETS, data), mock.patch.dict(os.environ, MINGPT_CACHE=folder.name),
+                       mock.patch("mingpt.utils.time.sleep"), mock.patch("mingpt.utils.TIMEOUT", 0.3)):
+            target.start()
+            self.addCleanup(target.stop)
+
+    def test_each(self):
+        for name, expected in (("tinyshakespeare", "To be, or not to be\n" * 50), ("text8", " anarchism originated as a term" * 50),
+                               ("enwik8", ("<page>Größe 世界</page>\n" * 50).encode().decode("latin-1"))):
+            chars, codes = chargpt.load_text(name)
+            self.assertEqual("".join(chars[code] for code in codes), expected)
+        self.assertEqual(sorted(path.name for path in self.folder.iterdir()), ["enwik8", "text8", "tinyshakespeare"])
+        self.requests.clear()
+        chargpt.load_text("text8")
+        self.assertEqual(self.requests, [])
+
+    def test_a_failing_download_leaves_nothing_and_the_next_call_recovers(self):
+        good = self.files["/text8.zip"][0]
+        other = io.BytesIO()
+        with zipfile.ZipFile(other, "w") as archive:
+            archive.writestr("text8", b"something else")
+        for answer, error in ((dict(status=500, body=b""), OSError), (dict(body=b"no archive"), ValueError), (dict(body=other.getvalue()), ValueError),
+                              (dict(good, send=50, ranges=False), OSError), (dict(body=good["body"][:60]), ValueError)):
+            self.files["/text8.zip"] = [answer]
+            with self.assertRaises(error):
+                chargpt.load_text("text8")
+            self.assertEqual(list(self.folder.iterdir()), [])
+        self.files["/text8.zip"] = [good]
+        self.assertEqual(len(chargpt.load_text("text8")[1]), 31 * 50)
 
 
 class CharDataset(Folder):

@@ -427,6 +427,21 @@ class Processes(Folder):
         torch.testing.assert_close(self.losses("then"), self.losses("one"), atol=1e-4, rtol=1e-4)
         self.assertEqual(printed.count("step      30  loss"), 1) # one process speaks
 
+    def test_ctrl_c_stops_all_after_the_same_step(self):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        args = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT), f"--trainer.work_dir={self.folder}"]
+        process = subprocess.Popen([*args, "--pause=0.05", "--trainer.max_iters=200"], env=environment, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        while "step       3" not in process.stdout.readline():
+            self.assertIsNone(process.poll())
+        os.killpg(process.pid, signal.SIGINT) # what a terminal does
+        printed, _ = process.communicate(timeout=60)
+        self.assertIn("go on with --trainer.resume=True", printed)
+        stopped = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        self.assertEqual((len(stopped["random_states"]), stopped["iter_num"]), (2, read_metrics(self.folder)[-1]["iteration"]))
+        self.torchrun(2, f"--trainer.work_dir={self.folder}", "--trainer.resume=True", f"--trainer.max_iters={stopped['iter_num'] + 2}")
+        self.assertEqual(len(read_metrics(self.folder)), stopped["iter_num"] + 2)
+
     def test_a_batch_that_does_not_divide_is_an_error_at_once(self):
         result = self.torchrun(2, "--trainer.batch_size=7", check=False)
         self.assertNotEqual(result.returncode, 0)

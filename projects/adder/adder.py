@@ -11,6 +11,7 @@ digits that it has seen. It is trained to predict the sum's digits; those of the
 """
 
 import logging
+import math
 import sys
 
 import numpy as np
@@ -107,21 +108,25 @@ class AdditionDataset(Dataset):
 
 # -----------------------------------------------------------------------------
 
-def exact_answers(model: GPT, dataset: AdditionDataset, device, max_problems: int = 10_000) -> tuple[int, int, list[str]]:
-    """How many sums the model gets right in every digit, of how many, and the first few that it gets wrong."""
+def find_mistakes(model: GPT, dataset: AdditionDataset, device, max_problems: int = 10_000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Has the model answer the first problems of a split: their numbers (B,), its sums (B,), and which are right (B,)."""
     n = dataset.config.ndigit
-    right, asked, mistakes = 0, min(len(dataset), max_problems), []
-    for start in range(0, asked, 1000):
-        problems = dataset.problems(np.arange(start, min(start + 1000, asked)))
-        digits = dataset.digits(problems).to(device) # (B, 3n + 1)
-        answers = model.generate(digits[:, :2 * n], n + 1) # (B, 3n + 1), greedy
-        correct = (answers == digits).all(dim=1).cpu().numpy()
-        right += int(correct.sum())
-        for problem, row in zip(problems[~correct], answers[:, 2 * n:].cpu()[~correct]):
-            a, b = divmod(int(problem), 10 ** n)
-            said = "".join(map(str, row.tolist()))[::-1 if dataset.config.reverse else 1]
-            mistakes.append(f"{a} + {b} = {a + b}, not {int(said)}")
-    return right, asked, mistakes[:5]
+    problems = dataset.problems(np.arange(min(len(dataset), max_problems)))
+    answers = []
+    for part in np.array_split(problems, math.ceil(len(problems) / 1000)):
+        digits = dataset.digits(part)[:, :2 * n].to(device) # (B, 2n)
+        answers.append(model.generate(digits, n + 1)[:, 2 * n:].cpu().numpy()) # (B, n + 1), greedy
+    answers = np.concatenate(answers)
+    if dataset.config.reverse:
+        answers = answers[:, ::-1]
+    sums = answers @ 10 ** np.arange(n, -1, -1)
+    return problems, sums, sums == problems // 10 ** n + problems % 10 ** n
+
+def count_carries(problems: np.ndarray, n: int) -> np.ndarray:
+    """How many digits are carried in adding a and b: 85 + 50 has 1, 85 + 57 has 2."""
+    a, b = np.divmod(problems, 10 ** n)
+    places = 10 ** np.arange(1, n + 1) # a carry leaves a place where the lower digits of a and b make up more than it holds
+    return (a[:, None] % places + b[:, None] % places >= places).sum(axis=1)
 
 def main(args: list[str]) -> None:
     config = get_config()
@@ -138,9 +143,14 @@ def main(args: list[str]) -> None:
     trainer = Trainer(config.trainer, model, train_dataset, test_dataset)
 
     def report(trainer: Trainer) -> None:
+        n = config.data.ndigit
         for name, dataset in (("train", train_dataset), ("test", test_dataset)):
-            right, asked, mistakes = exact_answers(model, dataset, trainer.device)
-            logger.info(f"{name:>12}: {right} of {asked} sums exact ({right / asked:.2%}){'; ' * bool(mistakes)}{'; '.join(mistakes)}")
+            problems, sums, right = find_mistakes(model, dataset, trainer.device)
+            wrong = [f"{p // 10 ** n} + {p % 10 ** n} = {p // 10 ** n + p % 10 ** n}, not {s}" for p, s in zip(problems[~right], sums[~right])]
+            logger.info(f"{name:>12}: {right.sum()} of {len(right)} sums exact ({right.mean():.2%}){'; ' * bool(wrong)}{'; '.join(wrong[:5])}")
+            carries = count_carries(problems, n)
+            by_carries = {int(count): round(float(right[carries == count].mean()), 4) for count in np.unique(carries)}
+            trainer.write_metrics(split=name, exact=round(float(right.mean()), 4), by_carries=by_carries)
 
     trainer.add_callback("on_eval_end", report)
     trainer.run()

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 
 def read_rows(path: Path, split: str) -> list[dict]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["split"] == split]
+    return [row for row in rows if row["split"] == split and "loss" in row]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -42,7 +42,7 @@ class TheirGPT(torch.nn.Module):
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
         c = gpt.config
-        self.gpt = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        self.gpt = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, bos_token_id=None, eos_token_id=None, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
                                               n_head=c.n_head, embd_pdrop=c.embd_pdrop, resid_pdrop=c.resid_pdrop, attn_pdrop=c.attn_pdrop))
 
     def forward(self, x, y):

@@ -3,14 +3,17 @@ Teaches a GPT to write like a text, character by character.
 
     python projects/chargpt/chargpt.py                                  # Python's own help texts, a minute or two on a CPU
     python projects/chargpt/chargpt.py --data.path=input.txt            # any text file in UTF-8
+    python projects/chargpt/chargpt.py --data.path=tinyshakespeare      # or text8, enwik8: fetched once
     python projects/chargpt/chargpt.py --system.mode=sample --system.prompt="The "      # text from the saved model
     python projects/chargpt/chargpt.py --help                           # every setting
 """
 
+import hashlib
 import json
 import logging
 import math
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from torch.utils.data import Dataset
 
 from mingpt.model import GPT
 from mingpt.trainer import Trainer
-from mingpt.utils import CfgNode, read_text, set_seed, setup_logging
+from mingpt.utils import CfgNode, cache_dir, download, read_text, replacing, set_seed, setup_logging
 
 logger = logging.getLogger("mingpt.chargpt")
 
@@ -37,7 +40,7 @@ def get_config() -> CfgNode:
     C.system.temperature = 0.8 # of a sample; 0 is the likeliest character each time
 
     C.data = CfgNode()
-    C.data.path = None # a text file; None takes Python's help texts (pydoc_data.topics)
+    C.data.path = None # a text file, or tinyshakespeare, text8, enwik8; None takes Python's help texts (pydoc_data.topics)
     C.data.block_size = 64 # characters that the model sees at a time
 
     C.model = GPT.get_default_config()
@@ -47,32 +50,69 @@ def get_config() -> CfgNode:
     C.trainer = Trainer.get_default_config()
     C.trainer.max_iters = 2000
     C.trainer.batch_size = 12
-    C.trainer.learning_rate = 4e-3
+    C.trainer.learning_rate = 6e-3
+    C.trainer.betas = (0.9, 0.99)
     C.trainer.warmup_iters = 100
+    C.trainer.schedule = "linear"
     C.trainer.eval_interval = 500
 
     return C
 
 # -----------------------------------------------------------------------------
 
-def load_text(path: str | None) -> tuple[str, np.ndarray]:
-    """Reads a text once: its distinct characters in order, and for every position the index of its character there."""
-    def blocks():
-        if path is not None:
-            return read_text(path)
+DATASETS = { # name: address, sha1 of the text, its shares for training, validation and test
+    "tinyshakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+                        "04486597058d11dcc2c556b1d0433891eb639d2e", (0.9, 0.1)),
+    "text8": ("http://mattmahoney.net/dc/text8.zip", "0dc3edebc970dcc96137e7deda4d9995af9d93de", (0.9, 0.05, 0.05)),
+    "enwik8": ("http://mattmahoney.net/dc/enwik8.zip", "57b8363b814821dc9d47aa4d41f58733519076b2", (0.9, 0.05, 0.05)),
+}
+
+def fetch(name: str) -> Path:
+    """The text of a data set in the cache folder, downloaded, unpacked and checked the first time."""
+    address, sha1, _ = DATASETS[name]
+    path = cache_dir() / name
+    if not path.exists():
+        archive = download(address, cache_dir() / f"{name}.download")
+        try:
+            with zipfile.ZipFile(archive).open(name) if address.endswith(".zip") else open(archive, "rb") as source, \
+                    replacing(path) as part, open(part, "wb") as out:
+                digest = hashlib.sha1()
+                while block := source.read(1 << 20):
+                    digest.update(block)
+                    out.write(block)
+                if digest.hexdigest() != sha1:
+                    raise ValueError(f"its text has the sha1 {digest.hexdigest()}, not {sha1}")
+        except (ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{address} has the wrong contents: {error}. Nothing was kept; try again") from error
+        finally:
+            archive.unlink()
+    return path
+
+def read_blocks(name: str | None):
+    """The text piece by piece. enwik8 is bytes by convention: each is read as the character of its number."""
+    if name is None:
         from pydoc_data.topics import topics
-        return iter(["\n".join(topics[name] for name in sorted(topics))])
+        yield "\n".join(topics[topic] for topic in sorted(topics))
+    elif name == "enwik8":
+        with open(fetch(name), "rb") as file:
+            while block := file.read(1 << 22):
+                yield block.decode("latin-1")
+    else:
+        yield from read_text(fetch(name) if name in DATASETS else name)
+
+def load_text(name: str | None) -> tuple[str, np.ndarray]:
+    """Reads a text once: its distinct characters in order, and for every position the index of its character there."""
     found, length = set(), 0
-    for block in blocks():
+    for block in read_blocks(name):
         found.update(block)
         length += len(block)
     if len(found) < 2:
-        raise ValueError(f"{path} has {len(found)} distinct characters; there is nothing to learn from fewer than two")
+        raise ValueError(f"{name} has {len(found)} distinct characters; there is nothing to learn from fewer than two")
     chars = "".join(sorted(found))
     table = np.zeros(ord(chars[-1]) + 1, dtype=np.uint8 if len(chars) <= 256 else np.uint32)
     table[[ord(char) for char in chars]] = np.arange(len(chars))
     text, done = np.empty(length, dtype=table.dtype), 0
-    for block in blocks():
+    for block in read_blocks(name):
         text[done:done + len(block)] = table[np.frombuffer(block.encode("utf-32-le"), dtype=np.uint32)]
         done += len(block)
     return chars, text
@@ -109,9 +149,10 @@ def encode_prompt(prompt: str, chars: str, device) -> torch.Tensor:
 
 def train(config: CfgNode) -> None:
     chars, text = load_text(config.data.path)
-    cut = int(0.9 * len(text))
+    shares = DATASETS[config.data.path][2] if config.data.path in DATASETS else (0.9, 0.1)
+    train_text, *held_out = np.split(text, [int(share * len(text)) for share in np.cumsum(shares[:-1])])
     T = config.data.block_size
-    train_dataset, val_dataset = CharDataset(text[:cut], T), CharDataset(text[cut:], T, stride=T)
+    train_dataset, val_dataset = CharDataset(train_text, T), CharDataset(held_out[0], T, stride=T)
     config.data.chars = chars # config.json keeps them for sampling
     config.model.vocab_size, config.model.block_size = len(chars), T
     if config.trainer.lr_decay_iters is None:
@@ -123,7 +164,7 @@ def train(config: CfgNode) -> None:
     setup_logging(config)
     trainer = Trainer(config.trainer, model, train_dataset, val_dataset)
     prompt = encode_prompt(prompt, chars, trainer.device)
-    logger.info(f"{len(text):,} characters, {len(chars)} of them distinct; {cut:,} to learn from, the rest to validate")
+    logger.info(f"{len(text):,} characters, {len(chars)} of them distinct; {len(train_text):,} to learn from, {len(held_out[0]):,} to validate")
 
     def show_sample(trainer: Trainer) -> None:
         written = model.generate(prompt, config.system.length // 2, config.system.temperature, do_sample=True)[0]
@@ -131,8 +172,9 @@ def train(config: CfgNode) -> None:
 
     trainer.add_callback("on_eval_end", show_sample)
     trainer.run()
-    loss = trainer.evaluate(val_dataset)
-    logger.info(f"validation loss over all {len(text) - cut:,} characters: {loss:.4f} nats, {loss / math.log(2):.4f} bits per character")
+    for name, part in zip(("validation", "test"), held_out):
+        loss = trainer.evaluate(CharDataset(part, T, stride=T))
+        logger.info(f"{name} loss over all {len(part):,} characters: {loss:.4f} nats, {loss / math.log(2):.4f} bits per character")
     logger.info(f"the model is in {config.system.work_dir}")
 
 def sample(config: CfgNode) -> None:
