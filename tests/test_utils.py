@@ -224,7 +224,7 @@ class Repository(Folder):
         with mock.patch.dict(os.environ, MINGPT_CACHE=str(self.folder), HF_ENDPOINT="http://hub/"):
             folder, address = find_repository("owner/model-1.3B")
             self.assertEqual((folder, address), (self.folder / "owner" / "model-1.3B", "http://hub/owner/model-1.3B/resolve/main/"))
-            for name in ("../x", "a/..", "a/../b", "/etc/none", "a/b/c", "a", "", "./x", "a/.b", "a\\..\\b", "a/b?c", "a/b\n", "C:/x"):
+            for name in ("../no-such-model", "no-such/..", "no-such/../model", "/etc/no-such-model", "no/such/model", "no-such", "", "./no-such", "a/.b", "a\\..\\b", "a/b?c", "a/b\n", "C:/x"):
                 with self.subTest(name), self.assertRaisesRegex(ValueError, "neither a folder"):
                     find_repository(name)
 
