@@ -114,7 +114,8 @@ class Encoder:
             return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     def _encode_special(self, text: str, allowed: Iterable[str]) -> list[int]:
-        if unknown := set(allowed) - set(self.special_tokens):
+        allowed = set(allowed)
+        if unknown := allowed - set(self.special_tokens):
             raise ValueError(f"got the special tokens {sorted(unknown)}, but there are only {sorted(self.special_tokens)}")
         parts = re.split(f"({'|'.join(map(re.escape, allowed))})", text) # text, special, text, special, ..., text
         tokens = self.encode(parts[0])
