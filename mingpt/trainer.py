@@ -281,7 +281,7 @@ class Trainer:
             x, y = (part.to(self.device) for part in batch)
             with self._autocast():
                 _, loss = self.model(x, y)
-            total += torch.tensor([loss.item() * len(x), len(x)])
+            total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64)
         for module in trained:
             module.training = True
         if self.world_size > 1:

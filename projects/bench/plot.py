@@ -27,7 +27,8 @@ def main() -> None:
     figure, (losses, rates) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, height_ratios=(3, 1))
     for i, path in enumerate(args.metrics):
         train, val = read_rows(path, "train"), read_rows(path, "val")
-        name = f"{path.parent.name} " if len(args.metrics) > 1 else ""
+        run = path.parent.name if path.stem == "metrics" else path.stem
+        name = f"{run}, " if len(args.metrics) > 1 else ""
         losses.plot([row["iteration"] for row in train], [row["loss"] for row in train], color=f"C{i}", lw=0.8, alpha=0.6, label=f"{name}training batch")
         if val:
             losses.plot([row["iteration"] for row in val], [row["loss"] for row in val], "o-", color=f"C{i}", ms=3, label=f"{name}validation")

@@ -170,6 +170,8 @@ def train(config: CfgNode) -> None:
         written = model.generate(prompt, config.system.length // 2, config.system.temperature, do_sample=True)[0]
         logger.info("-" * 80 + "\n" + "".join(chars[i] for i in written) + "\n" + "-" * 80)
 
+    if not config.trainer.resume: # what it writes before it has learned anything
+        trainer.add_callback("on_train_start", show_sample)
     trainer.add_callback("on_eval_end", show_sample)
     trainer.run()
     for name, part in zip(("validation", "test"), held_out):
