@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from mingpt.utils import CfgNode, format_time, replacing
+from mingpt.utils import CfgNode, Progress, format_time, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -277,11 +277,14 @@ class Trainer:
         trained = [module for module in self.model.modules() if module.training]
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64) # sum of losses, number of examples
+        progress = Progress("evaluating", len(chosen), unit="examples")
         for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=_collate, generator=torch.Generator()):
             x, y = (part.to(self.device) for part in batch)
             with self._autocast():
                 _, loss = self.model(x, y)
             total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64)
+            if self.rank == 0:
+                progress.update(int(total[1]))
         for module in trained:
             module.training = True
         if self.world_size > 1:

@@ -148,24 +148,29 @@ def format_time(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 class Progress:
-    """Says on stderr how far a long piece of work is, in bytes, and how long the rest will take.
+    """Says on stderr how far a piece of work is, in bytes or another unit, and how long the rest will take.
 
-    A terminal shows one line that renews itself; elsewhere a line comes every ten seconds.
+    A terminal shows one line that renews itself; elsewhere a line comes every ten seconds. What takes under two seconds
+    shows nothing.
     """
 
-    def __init__(self, label: str, total: int | None, done: int = 0):
-        self.label, self.total, self.first = label, total, done
-        self.start = self.shown = time.monotonic()
+    def __init__(self, label: str, total: int | None, done: int = 0, unit: str = "bytes"):
+        self.label, self.total, self.first, self.unit = label, total, done, unit
+        self.start = time.monotonic()
         self.terminal = sys.stderr.isatty()
+        self.pause = 0.2 if self.terminal else 10 # seconds between lines
+        self.next = self.first_line = self.start + max(2, self.pause)
 
     def update(self, done: int) -> None:
-        """Called as often as one likes with the bytes done so far."""
+        """Called as often as one likes with what is done so far."""
         now = time.monotonic()
-        finished = done == self.total and self.shown > self.start
-        if finished or now - self.shown >= (0.2 if self.terminal else 10):
-            self.shown = now
+        finished = done == self.total and self.next > self.first_line
+        if finished or now >= self.next:
+            self.next = now + self.pause
             rate = max(done - self.first, 1) / (now - self.start)
-            line = f"{self.label}: {done / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s"
+            line = f"{self.label}: {done:,} {self.unit}, {rate:,.0f}/s"
+            if self.unit == "bytes":
+                line = f"{self.label}: {done / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s"
             if self.total:
                 line += f", {done / self.total:.0%}, {format_time(max(self.total - done, 0) / rate)} left"
             print(f"\r{line:<79}" if self.terminal else line, end="" if self.terminal and not finished else "\n",

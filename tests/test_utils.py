@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import re
 import tempfile
 import unittest
 from pathlib import Path
@@ -131,17 +132,19 @@ class Files(Folder):
                     list(read_text(self.folder / "x", size))
 
     def test_progress(self):
-        for terminal, clock in ((True, [0.0, 1.0, 2.0]), (False, [0.0, 11.0, 12.0])):
+        for terminal, unit, clock, expected in (
+                (True, "bytes", [0, 1, 4, 4.1, 5], "\rf: 2.0 MB, 0.5 MB/s, 50%, 0:04 left @\rf: 4.0 MB, 0.8 MB/s, 100%, 0:00 left @\n"),
+                (True, "bytes", [0, 1, 1.5, 1.6, 1.9], ""),
+                (False, "bytes", [0, 1, 4, 5, 9], ""),
+                (False, "examples", [0, 9, 10, 19, 20], "f: 2,000,000 examples, 200,000/s, 50%, 0:10 left\n"
+                                                         "f: 4,000,000 examples, 200,000/s, 100%, 0:00 left\n")):
             shown = io.StringIO()
             shown.isatty = lambda: terminal
             with mock.patch("sys.stderr", shown), mock.patch("mingpt.utils.time.monotonic", side_effect=clock):
-                progress = Progress("f", 4_000_000)
-                progress.update(1_000_000)
-                progress.update(4_000_000)
-            self.assertIn("f: 1.0 MB", shown.getvalue())
-            self.assertIn("25%", shown.getvalue())
-            self.assertIn("0:03 left" if terminal else "0:33 left", shown.getvalue())
-            self.assertTrue(shown.getvalue().endswith("\n"))
+                progress = Progress("f", 4_000_000, unit=unit)
+                for done in (1_000_000, 2_000_000, 3_000_000, 4_000_000):
+                    progress.update(done)
+            self.assertEqual(re.sub(" {2,}", " @", shown.getvalue()), expected)
 
 
 class Download(Server):
