@@ -48,6 +48,7 @@ def get_config() -> CfgNode:
     C.model.embd_pdrop = C.model.resid_pdrop = C.model.attn_pdrop = 0.0 # a small model does not learn its text by heart
 
     C.trainer = Trainer.get_default_config()
+    C.trainer.optimizer = "muon" # for the matrices of the blocks; 'adamw' for all
     C.trainer.max_iters = 2000
     C.trainer.batch_size = 12
     C.trainer.learning_rate = 6e-3
@@ -55,6 +56,7 @@ def get_config() -> CfgNode:
     C.trainer.warmup_iters = 100
     C.trainer.schedule = "linear"
     C.trainer.eval_interval = 500
+    C.trainer.eval_batches = 200 # spread evenly: all of a small text, a sample of a large one; at the end all of it counts
 
     return C
 
@@ -139,6 +141,51 @@ class CharDataset(Dataset):
         x, y = self.__getitems__([index])
         return x[0], y[0]
 
+class Optimizers:
+    """Several optimizers in the place of one, each with parameters of its own."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> list[dict]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        for part, state in zip(self.parts, states):
+            part.load_state_dict(state)
+
+class CharGPT(GPT):
+    """A GPT whose matrices Muon may train: each step is about the orthogonal matrix nearest to the mean gradient (Jordan et al. 2024)."""
+
+    def configure_optimizers(self, train_config):
+        """GPT's AdamW, or, with the optimizer 'muon', Muon for the matrices that have weight decay and AdamW for the rest.
+
+        Muon's steps are made as long as AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2), so that one
+        learning rate and one weight decay serve both.
+        """
+        adamw = super().configure_optimizers(train_config)
+        if train_config.optimizer == "adamw":
+            return adamw
+        if train_config.optimizer != "muon":
+            raise ValueError(f"got --trainer.optimizer={train_config.optimizer}, expected muon or adamw")
+        matrices = adamw.param_groups.pop(0)["params"]
+        return Optimizers(adamw, torch.optim.Muon(matrices, train_config.learning_rate, train_config.weight_decay,
+                                                  ns_steps=3, adjust_lr_fn="match_rms_adamw")) # 5 are usual, and cost more time
+
+# -----------------------------------------------------------------------------
+
 def encode_prompt(prompt: str, chars: str, device) -> torch.Tensor:
     """A prompt as the model wants it: (1, T). Raises ValueError for characters that its text lacks."""
     if unknown := sorted(set(prompt) - set(chars)):
@@ -159,7 +206,7 @@ def train(config: CfgNode) -> None:
         config.trainer.lr_decay_iters = config.trainer.max_iters
     config.trainer.work_dir = config.system.work_dir
     prompt = config.system.prompt or "".join(chars[i] for i in val_dataset.text[:T // 4])
-    model = GPT(config.model)
+    model = CharGPT(config.model)
     config.model = model.config
     setup_logging(config)
     trainer = Trainer(config.trainer, model, train_dataset, val_dataset)
