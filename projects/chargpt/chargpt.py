@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from muon import Muon, Optimizers
 from mingpt.model import GPT
 from mingpt.trainer import Trainer
 from mingpt.utils import CfgNode, cache_dir, download, read_text, replacing, set_seed, setup_logging
@@ -51,9 +52,8 @@ def get_config() -> CfgNode:
     C.trainer.optimizer = "muon" # for the matrices of the blocks; 'adamw' for all
     C.trainer.max_iters = 2000
     C.trainer.batch_size = 12
-    C.trainer.learning_rate = 6e-3
+    C.trainer.learning_rate = 1e-2
     C.trainer.betas = (0.9, 0.99)
-    C.trainer.warmup_iters = 100
     C.trainer.schedule = "linear"
     C.trainer.eval_interval = 500
     C.trainer.eval_batches = 200 # spread evenly: all of a small text, a sample of a large one; at the end all of it counts
@@ -141,48 +141,18 @@ class CharDataset(Dataset):
         x, y = self.__getitems__([index])
         return x[0], y[0]
 
-class Optimizers:
-    """Several optimizers in the place of one, each with parameters of its own."""
-
-    def __init__(self, *parts: torch.optim.Optimizer):
-        self.parts = parts
-
-    @property
-    def param_groups(self) -> list[dict]:
-        return [group for part in self.parts for group in part.param_groups]
-
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for part in self.parts:
-            part.zero_grad(set_to_none)
-
-    def state_dict(self) -> list[dict]:
-        return [part.state_dict() for part in self.parts]
-
-    def load_state_dict(self, states: list[dict]) -> None:
-        for part, state in zip(self.parts, states):
-            part.load_state_dict(state)
-
 class CharGPT(GPT):
-    """A GPT whose matrices Muon may train: each step is about the orthogonal matrix nearest to the mean gradient (Jordan et al. 2024)."""
+    """A GPT whose matrices Muon may train."""
 
     def configure_optimizers(self, train_config):
-        """GPT's AdamW, or, with the optimizer 'muon', Muon for the matrices that have weight decay and AdamW for the rest.
-
-        Muon's steps are made as long as AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2), so that one
-        learning rate and one weight decay serve both.
-        """
+        """GPT's AdamW; with the optimizer 'muon' that one has only what has no weight decay, and Muon has the matrices."""
         adamw = super().configure_optimizers(train_config)
         if train_config.optimizer == "adamw":
             return adamw
         if train_config.optimizer != "muon":
             raise ValueError(f"got --trainer.optimizer={train_config.optimizer}, expected muon or adamw")
         matrices = adamw.param_groups.pop(0)["params"]
-        return Optimizers(adamw, torch.optim.Muon(matrices, train_config.learning_rate, train_config.weight_decay,
-                                                  ns_steps=3, adjust_lr_fn="match_rms_adamw")) # 5 are usual, and cost more time
+        return Optimizers(adamw, Muon(matrices, train_config.learning_rate, train_config.weight_decay))
 
 # -----------------------------------------------------------------------------
 
