@@ -1,7 +1,7 @@
 """
 Teaches a GPT to add numbers of n digits.
 
-    python projects/adder/adder.py                          # two digits, about a minute on a CPU
+    python projects/adder/adder.py                          # two digits, half a minute on a CPU
     python projects/adder/adder.py --data.ndigit=3          # three
     python projects/adder/adder.py --help                   # every setting
 
