@@ -144,7 +144,7 @@ class CharDataset(Dataset):
 class CharGPT(GPT):
     """A GPT whose matrices Muon may train."""
 
-    def configure_optimizers(self, train_config):
+    def configure_optimizers(self, train_config) -> torch.optim.AdamW | Optimizers:
         """GPT's AdamW; with the optimizer 'muon' that one has only what has no weight decay, and Muon has the matrices."""
         adamw = super().configure_optimizers(train_config)
         if train_config.optimizer == "adamw":

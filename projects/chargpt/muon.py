@@ -40,7 +40,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for p in group["params"]:
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p)) # of the gradients, recent ones counting more
+                if not self.state[p]:
+                    self.state[p]["mean"] = torch.zeros_like(p) # of the gradients, recent ones counting more
+                mean = self.state[p]["mean"]
                 mean.lerp_(p.grad, 1 - momentum)
                 direction = orthogonalize(p.grad.lerp(mean, momentum)) # Nesterov: the mean a step ahead
                 p.mul_(1 - lr * group["weight_decay"])
