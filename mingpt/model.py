@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from mingpt.utils import WEIGHT_FILES, CfgNode, load_repository, replacing
+from mingpt.utils import WEIGHT_FILES, CfgNode, eval_mode, load_repository, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -261,9 +261,7 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def _stream(self, idx, max_new_tokens, choose, stop_token, use_cache):
-        trained = [module for module in self.modules() if module.training]
-        self.eval()
-        try:
+        with eval_mode(self):
             cache = KVCache(min(idx.size(1) + max_new_tokens, self.block_size)) if use_cache else None
             stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device) # (B,)
             text, unread = [idx], idx # pieces (B, T), (B, 1), (B, 1), ...; and what of them the cache lacks
@@ -282,9 +280,6 @@ class GPT(nn.Module):
                     break
                 unread = token[:, None] # (B, 1)
                 text.append(unread)
-        finally:
-            for module in trained:
-                module.training = True
 
     @classmethod
     def from_pretrained(cls, name: str) -> "GPT":

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from mingpt.utils import CfgNode, Progress, format_time, replacing
+from mingpt.utils import CfgNode, Progress, eval_mode, format_time, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -274,19 +274,16 @@ class Trainer:
         chosen = np.linspace(0, size - 1, count).astype(int)[self.rank::self.world_size] # all, if count is size
         micro_size = max(1, self.config.batch_size // self.config.grad_accum_steps // self.world_size)
         batches = [chosen[i:i + micro_size].tolist() for i in range(0, len(chosen), micro_size)]
-        trained = [module for module in self.model.modules() if module.training]
-        self.model.eval()
         total = torch.zeros(2, dtype=torch.float64) # sum of losses, number of examples
         progress = Progress("evaluating", len(chosen), unit="examples")
-        for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=_collate, generator=torch.Generator()):
-            x, y = (part.to(self.device) for part in batch)
-            with self._autocast():
-                _, loss = self.model(x, y)
-            total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64)
-            if self.rank == 0:
-                progress.update(int(total[1]))
-        for module in trained:
-            module.training = True
+        with eval_mode(self.model):
+            for batch in DataLoader(dataset, batch_sampler=batches, collate_fn=_collate, generator=torch.Generator()):
+                x, y = (part.to(self.device) for part in batch)
+                with self._autocast():
+                    _, loss = self.model(x, y)
+                total += torch.tensor([loss.item() * len(x), len(x)], dtype=torch.float64)
+                if self.rank == 0:
+                    progress.update(int(total[1]))
         if self.world_size > 1:
             dist.all_reduce(total, group=self.host_group)
         return (total[0] / total[1]).item()

@@ -110,7 +110,7 @@ def _parse(name: str, text: str, default):
     return value
 
 # -----------------------------------------------------------------------------
-# seeds, logging, progress
+# seeds, modes, logging, progress
 
 def set_seed(seed: int) -> None:
     """Seeds the random generators of Python, NumPy and torch (on every device)."""
@@ -140,6 +140,17 @@ def setup_logging(config: CfgNode) -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+
+@contextlib.contextmanager
+def eval_mode(model: torch.nn.Module):
+    """Has a model in eval mode for a block; after it every part that was in training mode is so again."""
+    trained = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
 
 def format_time(seconds: float) -> str:
     """A length of time to read: format_time(75) -> '1:15', format_time(3661) -> '1:01:01'."""
