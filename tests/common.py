@@ -6,9 +6,11 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import unittest
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -36,7 +38,6 @@ def vocabulary_folder() -> Path:
 
 def get_encoder():
     """mingpt's GPT-2 encoder, without a network."""
-    from unittest import mock
     from mingpt import bpe
     with mock.patch.dict(os.environ, MINGPT_CACHE=str(vocabulary_folder())):
         return bpe.get_encoder()
@@ -50,7 +51,21 @@ def run_python(*args, cwd=None, check=True, **environment) -> subprocess.Complet
         raise AssertionError(f"{args} ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
     return result
 
-class Server(unittest.TestCase):
+class Folder(unittest.TestCase):
+    """A test with a folder of its own."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def patch(self, *patches) -> None:
+        """Applies patches of unittest.mock until the test ends."""
+        for patch in patches:
+            patch.start()
+            self.addCleanup(patch.stop)
+
+class Server(Folder):
     """A test with a web server on this machine. A test fills `files`: path -> list of answers, used in turn, the last for ever.
 
     An answer is a dictionary: body, and optionally status, headers, send (how many bytes go out before the line breaks), hang
@@ -58,6 +73,8 @@ class Server(unittest.TestCase):
     """
 
     def setUp(self):
+        super().setUp()
+        self.patch(mock.patch("mingpt.utils.TIMEOUT", 0.4), mock.patch("mingpt.utils.time.sleep")) # nobody waits
         self.files, self.requests = {}, []
         test = self
 

@@ -4,10 +4,8 @@ import os
 import pickle
 import random
 import string
-import tempfile
 import unicodedata
 import unittest
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -17,7 +15,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from common import Server, get_encoder, run_python, vocabulary_folder
+from common import Folder, Server, get_encoder, run_python, vocabulary_folder
 from mingpt import bpe
 from mingpt.bpe import BPETokenizer, bytes_to_unicode
 from mingpt.utils import read_text
@@ -229,12 +227,7 @@ class Tokenizer(unittest.TestCase):
             tokenizer("x", return_tensors="np")
 
 
-class Files(Oracle):
-    def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
-
+class Files(Oracle, Folder):
     def encode_file(self, content: bytes, **options) -> list[int]:
         (self.folder / "in.txt").write_bytes(content)
         count = self.encoder.encode_file(self.folder / "in.txt", self.folder / "out.bin", **options)
@@ -273,13 +266,7 @@ class Download(Server):
 
     def setUp(self):
         super().setUp()
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
-        for target in (mock.patch.dict(os.environ, MINGPT_CACHE=folder.name), mock.patch("mingpt.bpe.SOURCE", self.address + "/"),
-                       mock.patch("mingpt.utils.TIMEOUT", 0.3), mock.patch("mingpt.utils.time.sleep")):
-            target.start()
-            self.addCleanup(target.stop)
+        self.patch(mock.patch.dict(os.environ, MINGPT_CACHE=str(self.folder)), mock.patch("mingpt.bpe.SOURCE", self.address + "/"))
         self.good = {name: dict(body=(vocabulary_folder() / name).read_bytes()) for name in ("encoder.json", "vocab.bpe")}
 
     def serve(self, name, *answers):

@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from common import Server, get_encoder, run_python, tiny_config, tiny_gpt
+from common import Folder, Server, get_encoder, run_python, tiny_config, tiny_gpt
 from mingpt.model import GPT
 from mingpt.utils import set_seed
 
@@ -57,15 +57,13 @@ def save_as(model, folder: Path, form: str) -> None:
         else:
             torch.save(state, folder / "pytorch_model.bin")
 
-class Folder(unittest.TestCase):
+class Seeded(Folder):
     def setUp(self):
+        super().setUp()
         set_seed(1)
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
 
 
-class FromTransformers(Folder):
+class FromTransformers(Seeded):
     def check(self, model, form):
         save_as(model, self.folder, form)
         ours = GPT.from_pretrained(str(self.folder))
@@ -212,7 +210,7 @@ print(peak() - before)
             GPT.from_pretrained(str(self.folder))
 
 
-class SavePretrained(Folder):
+class SavePretrained(Seeded):
     def test_transformers_reads_it_and_so_do_we(self):
         for changes in (dict(), dict(tie_weights=False), dict(gelu_approximate="none"), dict(n_layer=3, n_head=4, resid_pdrop=0.0)):
             with self.subTest(changes):
@@ -256,14 +254,10 @@ class Hub(Server):
     def setUp(self):
         super().setUp()
         set_seed(2)
-        source, cache = tempfile.TemporaryDirectory(), tempfile.TemporaryDirectory()
-        self.addCleanup(source.cleanup)
-        self.addCleanup(cache.cleanup)
-        self.source, self.cache = Path(source.name), Path(cache.name)
-        for target in (mock.patch.dict(os.environ, MINGPT_CACHE=cache.name, HF_ENDPOINT=self.address), mock.patch("mingpt.utils.TIMEOUT", 0.4),
-                       mock.patch("mingpt.utils.time.sleep")):
-            target.start()
-            self.addCleanup(target.stop)
+        self.source, self.cache = self.folder / "source", self.folder / "cache"
+        self.source.mkdir()
+        self.cache.mkdir()
+        self.patch(mock.patch.dict(os.environ, MINGPT_CACHE=str(self.cache), HF_ENDPOINT=self.address))
         self.model = theirs(n_embd=120)
         self.idx = torch.randint(61, (1, 9))
 

@@ -6,16 +6,14 @@ import io
 import json
 import os
 import sys
-import tempfile
 import unittest
 import zipfile
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 
-from common import ROOT, Server, run_python, tiny_config
+from common import ROOT, Folder, Server, run_python, tiny_config
 
 ADDER, CHARGPT = ROOT / "projects" / "adder" / "adder.py", ROOT / "projects" / "chargpt" / "chargpt.py"
 
@@ -24,12 +22,7 @@ import adder
 import chargpt
 import muon
 
-class Folder(unittest.TestCase):
-    def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
-
+class Scripts(Folder):
     def run_script(self, path, *args, check=True):
         return run_python(path, *args, cwd=self.folder, check=check)
 
@@ -94,7 +87,7 @@ class AdditionDataset(unittest.TestCase):
             self.assertEqual(problems.tolist(), dataset.test.tolist())
 
 
-class Adder(Folder):
+class Adder(Scripts):
     def test_short_run_from_another_folder(self):
         printed = self.run_script(ADDER, "--data.ndigit=1", "--trainer.max_iters=600", "--trainer.eval_interval=600").stdout
         self.assertRegex(printed, r"step +600  loss .* left")
@@ -113,7 +106,7 @@ class Adder(Folder):
         self.assertIn("--trainer.max_iters=3000", self.run_script(ADDER, "--help").stdout)
 
 
-class CharGPT(Folder):
+class CharGPT(Scripts):
     TINY = ("--model.n_layer=1", "--model.n_head=1", "--model.n_embd=16", "--data.block_size=16", "--trainer.max_iters=30",
             "--trainer.eval_interval=30", "--system.length=40")
 
@@ -238,9 +231,6 @@ class NamedData(Server):
 
     def setUp(self):
         super().setUp()
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
         data = {}
         for name, text in (("tinyshakespeare", b"To be, or not to be\n" * 50), ("text8", b" anarchism originated as a term" * 50),
                            ("enwik8", "<page>Größe 世界</page>\n".encode() * 50)):
@@ -254,10 +244,7 @@ class NamedData(Server):
             data[name] = (f"{self.address}/{name}.zip", hashlib.sha1(text).hexdigest(), chargpt.DATASETS[name][2])
         data["tinyshakespeare"] = (self.address + "/input.txt", *data["tinyshakespeare"][1:])
         self.files["/input.txt"] = self.files["/tinyshakespeare.zip"]
-        for target in (mock.patch.dict(chargpt.DATASETS, data), mock.patch.dict(os.environ, MINGPT_CACHE=folder.name),
-                       mock.patch("mingpt.utils.time.sleep"), mock.patch("mingpt.utils.TIMEOUT", 0.3)):
-            target.start()
-            self.addCleanup(target.stop)
+        self.patch(mock.patch.dict(chargpt.DATASETS, data), mock.patch.dict(os.environ, MINGPT_CACHE=str(self.folder)))
 
     def test_each(self):
         for name, expected in (("tinyshakespeare", "To be, or not to be\n" * 50), ("text8", " anarchism originated as a term" * 50),

@@ -1,16 +1,12 @@
 """The training loop: what it promises of batches, schedules, checkpoints, interruptions and processes."""
 
-import contextlib
-import io
 import json
 import math
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import unittest
 from pathlib import Path
@@ -19,7 +15,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from common import ROOT, run_python, tiny_config
+from common import ROOT, Folder, run_python, tiny_config
 from mingpt.model import GPT
 from mingpt.trainer import Trainer
 from mingpt.utils import set_seed
@@ -41,13 +37,6 @@ def weights(model) -> torch.Tensor:
 def read_metrics(folder, *left_out) -> list[dict]:
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in row.items() if key not in left_out} for row in rows]
-
-class Folder(unittest.TestCase):
-    def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
-
 
 class Regression(torch.nn.Module):
     """A module that is no GPT and has no configure_optimizers."""

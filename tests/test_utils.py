@@ -9,28 +9,19 @@ import logging
 import os
 import random
 import re
-import tempfile
 import unittest
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 
-from common import Server
+from common import Folder, Server
 from mingpt import utils
 from mingpt.utils import CfgNode, Progress, download, find_repository, format_time, read_text, replacing, set_seed, setup_logging
 
 
 def example():
     return CfgNode(seed=1, name="x", path=None, trainer=CfgNode(rate=0.1, steps=5, betas=(0.9, 0.95), fast=False, device="cpu"))
-
-
-class Folder(unittest.TestCase):
-    def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
 
 
 class Config(unittest.TestCase):
@@ -150,14 +141,9 @@ class Files(Folder):
 class Download(Server):
     def setUp(self):
         super().setUp()
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.path = Path(folder.name) / "sub" / "file"
+        self.path = self.folder / "sub" / "file"
         self.body = random.Random(1).randbytes(500_000)
         self.sha256 = hashlib.sha256(self.body).hexdigest()
-        for target in (mock.patch("mingpt.utils.TIMEOUT", 0.3), mock.patch("mingpt.utils.time.sleep")):
-            target.start()
-            self.addCleanup(target.stop)
 
     def get(self, *answers, **options):
         self.files["/file"] = list(answers)
