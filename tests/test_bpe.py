@@ -3,12 +3,15 @@
 import os
 import pickle
 import random
+import shutil
 import string
+import threading
 import unicodedata
 import unittest
 from unittest import mock
 
 import numpy as np
+import requests
 import tiktoken
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -18,7 +21,6 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from common import Folder, Server, get_encoder, run_python, vocabulary_folder
 from mingpt import bpe
 from mingpt.bpe import BPETokenizer, bytes_to_unicode
-from mingpt.utils import read_text
 
 TEXTS = [
     "", " ", "  ", "\n", " \n ", "a", "Hello!!", "Hello world", " leading", "trailing ", "in  the   middle    of",
@@ -54,6 +56,7 @@ class Encode(Oracle):
                 self.check(text)
                 shown = self.encoder.encode_and_show_work(text)
                 self.assertEqual(shown["bpe_idx"], self.encoder.encode(text))
+                self.assertEqual([number for part in shown["parts"] for number in part["token_ix"]], shown["bpe_idx"])
                 self.assertEqual("".join(shown["tokens"]), text)
         self.check("".join(TEXTS))
 
@@ -115,15 +118,41 @@ class Encode(Oracle):
     def test_lone_surrogates_are_read_as_tiktoken_reads_them(self):
         for text in ("\ud800", "a\udfff b", "\ud83e\udd17", "x\udc00\ud800y"):
             self.assertEqual(self.encoder.encode(text), self.tiktoken.encode_ordinary(text))
+            shown = self.encoder.encode_and_show_work(text)
+            self.assertEqual([number for part in shown["parts"] for number in part["token_ix"]], self.encoder.encode(text))
+        text = "\ud800<|endoftext|>\udfff"
+        self.assertEqual(self.encoder.encode(text, "<|endoftext|>"), self.tiktoken.encode("\ufffd<|endoftext|>\ufffd", allowed_special="all"))
 
     def test_cache_is_bounded_and_changes_nothing(self):
         encoder = get_encoder()
-        encoder.cache.max_entries = 10
+        encoder.cache.max_characters = 100
         text = " ".join(TEXTS) * 2
         self.assertEqual(encoder.encode(text), self.tiktoken.encode_ordinary(text))
-        self.assertLessEqual(len(encoder.cache), 10)
-        encoder.encode("b" * 1000)
-        self.assertNotIn("b" * 1000, encoder.cache)
+        for piece in (*"abcdefghijklmnopqrstuvwxyz", "b" * 99, "c" * 1000, "d" * 50, "e" * 60, "e" * 60):
+            encoder.encode(piece)
+            self.assertLessEqual(sum(map(len, encoder.cache)), 100)
+            self.assertLessEqual(len(encoder.cache), 100 // 8)
+        self.assertIn("e" * 60, encoder.cache)
+        self.assertNotIn("c" * 1000, encoder.cache)
+
+    def test_a_long_piece_is_cached(self):
+        encoder, line = get_encoder(), "=" * 70 + " " + "-" * 79 + "\n" + "word,word." * 20
+        tokens = encoder.encode(line)
+        with mock.patch.object(encoder, "_merge", side_effect=AssertionError("the second time nothing is merged")):
+            self.assertEqual(encoder.encode(line), tokens)
+
+    def test_threads_share_an_encoder(self):
+        encoder, texts, results = get_encoder(), [" ".join(random.Random(i).sample(TEXTS, len(TEXTS))) * 20 for i in range(4)], {}
+        encoder.cache.max_characters = 500 # so that it is emptied all the time
+        def work(i):
+            results[i] = [encoder.encode(texts[i]) for _ in range(5)]
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for i, text in enumerate(texts):
+            self.assertEqual(results[i], [self.tiktoken.encode_ordinary(text)] * 5)
 
     def test_pickle(self):
         self.assertEqual(pickle.loads(pickle.dumps(self.encoder)).encode("Hello world"), self.encoder.encode("Hello world"))
@@ -138,8 +167,17 @@ class Special(Oracle):
         self.assertEqual(tokens.count(self.encoder.eot_token), 3)
         self.assertEqual(self.encoder.eot_token, 50256)
         self.assertEqual(self.encoder.decode(tokens), text)
-        with self.assertRaisesRegex(ValueError, "<\\|pad\\|>"):
-            self.encoder.encode(text, allowed_special={"<|pad|>"})
+        for unknown in ({"<|pad|>"}, "<|pad|>", "all"):
+            with self.assertRaisesRegex(ValueError, r"<\|pad\|>|'all'"):
+                self.encoder.encode(text, allowed_special=unknown)
+
+    def test_any_iterable_of_special_tokens(self):
+        expected = self.tiktoken.encode("a<|endoftext|>b<|endoftext|>", allowed_special="all")
+        token = "<|endoftext|>"
+        for allowed in (token, [token], (token,), {token}, frozenset([token]), {token: 1}, iter([token]), (t for t in [token, token])):
+            self.assertEqual(self.encoder.encode("a<|endoftext|>b<|endoftext|>", allowed_special=allowed), expected)
+        for allowed in ([], (), set(), iter([])):
+            self.assertEqual(self.encoder.encode("a<|endoftext|>", allowed), self.tiktoken.encode_ordinary("a<|endoftext|>"))
 
 
 class Decode(Oracle):
@@ -167,8 +205,8 @@ class Decode(Oracle):
         self.assertEqual(self.encoder.decode([]), "")
 
     def test_unknown_tokens(self):
-        for tokens in ([50257], [-1], [1, 2, 99999], ["a"], [1.5], torch.tensor([[1, 2]]), torch.tensor([50300])):
-            with self.assertRaisesRegex(ValueError, "to decode, expected tokens from 0 to 50256"):
+        for tokens in ([50257], [-1], [1, 2, 99999], ["a"], [1.5], 5, torch.tensor(5), [[1, 2]], torch.tensor([[1, 2]]), torch.tensor([50300])):
+            with self.assertRaisesRegex(ValueError, "to decode, expected a row of tokens from 0 to 50256"):
                 self.encoder.decode(tokens)
 
     def test_stream_gives_whole_characters_only(self):
@@ -179,6 +217,11 @@ class Decode(Oracle):
         self.assertFalse(any("\ufffd" in piece for piece in pieces))
         self.assertEqual(pieces[0], "a") # as soon as it is there
         self.assertEqual("".join(self.encoder.decode_stream(self.encoder.encode("🤗")[:1])), "\ufffd") # cut for good
+        for form in (tokens, np.array(tokens), torch.tensor(tokens), iter(torch.tensor(tokens)[:, None])): # as from GPT.stream
+            self.assertEqual(list(self.encoder.decode_stream(form)), pieces)
+        for bad in ([50257], torch.tensor([-1]), ["a"]):
+            with self.assertRaisesRegex(ValueError, "to decode, expected"):
+                list(self.encoder.decode_stream(bad))
 
 
 class Explanation(Oracle):
@@ -208,9 +251,26 @@ class Explanation(Oracle):
             best = min(zip(symbols, symbols[1:]), key=lambda pair: self.encoder.bpe_ranks.get(pair, 10 ** 6))
             self.assertEqual(before.replace(" ".join(best), "".join(best), 1), after)
 
-    def test_runs_as_a_script(self):
-        shown = run_python("-m", "mingpt.bpe", MINGPT_CACHE=str(vocabulary_folder())).stdout
-        self.assertIn("ĠK + arp + athy", shown)
+
+class Script(Folder):
+    def test_module(self):
+        self.assertIn("ĠK + arp + athy", run_python("-m", "mingpt.bpe", MINGPT_CACHE=str(vocabulary_folder())).stdout)
+
+    def test_a_copy_of_the_file_works_alone(self):
+        shutil.copy(bpe.__file__, self.folder)
+        environment = dict(MINGPT_CACHE=str(vocabulary_folder()), PYTHONPATH="")
+        self.assertIn("ĠK + arp + athy", run_python("bpe.py", cwd=self.folder, **environment).stdout)
+        check = "import sys, bpe; print(bpe.BPETokenizer()('Hello world').tolist(), any('mingpt' in name for name in sys.modules))"
+        self.assertEqual(run_python("-c", check, cwd=self.folder, **environment).stdout, "[[15496, 995]] False\n")
+
+    def test_a_terminal_that_cannot_show_everything(self):
+        shown = run_python("-m", "mingpt.bpe", MINGPT_CACHE=str(vocabulary_folder()), PYTHONUTF8="0", PYTHONIOENCODING="ascii").stdout
+        self.assertIn("?K + arp + athy", shown)
+
+    def test_no_vocabulary_is_one_line(self):
+        result = run_python("-m", "mingpt.bpe", MINGPT_CACHE=str(self.folder), HTTPS_PROXY="http://127.0.0.1:9", check=False)
+        self.assertEqual(result.returncode, 1)
+        self.assertRegex(result.stderr, r"\Aerror: .*encoder.json is missing or damaged, and the download failed: .*put it at .*encoder.json\n\Z")
 
 
 class Tokenizer(unittest.TestCase):
@@ -221,44 +281,11 @@ class Tokenizer(unittest.TestCase):
         self.assertEqual((tokens.tolist(), tokens.dtype), ([[15496, 995]], torch.long))
         self.assertEqual(tokenizer.decode(tokens[0]), "Hello world")
         self.assertEqual(tokenizer("").shape, (1, 0))
-        with self.assertRaisesRegex(ValueError, "row"):
-            tokenizer.decode(tokens)
+        for bad in (tokens, torch.tensor(5)):
+            with self.assertRaisesRegex(ValueError, "row"):
+                tokenizer.decode(bad)
         with self.assertRaisesRegex(ValueError, "'np'"):
             tokenizer("x", return_tensors="np")
-
-
-class Files(Oracle, Folder):
-    def encode_file(self, content: bytes, **options) -> list[int]:
-        (self.folder / "in.txt").write_bytes(content)
-        count = self.encoder.encode_file(self.folder / "in.txt", self.folder / "out.bin", **options)
-        tokens = np.fromfile(self.folder / "out.bin", dtype=np.uint16).tolist()
-        self.assertEqual(len(tokens), count)
-        return tokens
-
-    def test_same_tokens_as_the_whole_text(self):
-        rng = random.Random(5)
-        text = "".join(rng.choice(TEXTS) + rng.choice(["", " ", "\n", "\r\n", "  "]) for _ in range(3000))
-        expected = self.tiktoken.encode(text, allowed_special={"<|endoftext|>"})
-        for block in (97, 1000, 10_000, 1 << 22): # cuts at every kind of place
-            with mock.patch("mingpt.bpe.read_text", lambda path: read_text(path, block)):
-                self.assertEqual(self.encode_file(text.encode(), allowed_special={"<|endoftext|>"}, workers=1), expected)
-        self.assertEqual(np.memmap(self.folder / "out.bin", dtype=np.uint16, mode="r")[-3:].tolist(), expected[-3:])
-
-    def test_several_processes(self):
-        text = " ".join(TEXTS) * 500
-        with mock.patch("mingpt.bpe.BLOCK", 1000), mock.patch("mingpt.bpe.read_text", lambda path: read_text(path, 30_000)):
-            self.assertEqual(self.encode_file(text.encode(), workers=2), self.tiktoken.encode_ordinary(text))
-
-    def test_empty(self):
-        self.assertEqual(self.encode_file(b""), [])
-
-    def test_not_utf8_leaves_the_old_file(self):
-        self.encode_file(b"good")
-        before = (self.folder / "out.bin").read_bytes()
-        with self.assertRaisesRegex(ValueError, "byte 0xff at position 6"):
-            self.encode_file(b"broken\xff")
-        self.assertEqual((self.folder / "out.bin").read_bytes(), before)
-        self.assertEqual(sorted(path.name for path in self.folder.iterdir()), ["in.txt", "out.bin"])
 
 
 class Download(Server):
@@ -266,7 +293,9 @@ class Download(Server):
 
     def setUp(self):
         super().setUp()
-        self.patch(mock.patch.dict(os.environ, MINGPT_CACHE=str(self.folder)), mock.patch("mingpt.bpe.SOURCE", self.address + "/"))
+        get = requests.get
+        self.patch(mock.patch.dict(os.environ, MINGPT_CACHE=str(self.folder)), mock.patch("mingpt.bpe.SOURCE", self.address + "/"),
+                   mock.patch("requests.get", lambda url, timeout: get(url, timeout=min(timeout, 0.4))))
         self.good = {name: dict(body=(vocabulary_folder() / name).read_bytes()) for name in ("encoder.json", "vocab.bpe")}
 
     def serve(self, name, *answers):
@@ -276,52 +305,48 @@ class Download(Server):
         for name, answer in self.good.items():
             self.serve(name, answer)
         self.assertEqual(bpe.get_encoder().encode("Hello world"), [15496, 995])
+        self.complete()
+
+    def complete(self):
         self.assertEqual(sorted(path.name for path in self.folder.iterdir()), ["encoder.json", "vocab.bpe"])
         for name, answer in self.good.items():
             self.assertEqual((self.folder / name).read_bytes(), answer["body"])
 
-    def fails(self, error, message, *answers):
-        self.serve("encoder.json", *answers)
-        with self.assertRaisesRegex(error, message):
-            bpe.get_encoder()
-        self.assertFalse((self.folder / "encoder.json").exists())
+    def fails(self, error, message, answer):
+        for name in self.good:
+            (self.folder / name).unlink(missing_ok=True)
+        for name in self.good: # the first file, and the second
+            self.serve(name, answer)
+            with self.assertRaisesRegex(error, message) as caught:
+                bpe.get_encoder()
+            self.assertIn(f"put it at {self.folder / name}", str(caught.exception))
+            self.assertFalse((self.folder / name).exists())
+            self.serve(name, self.good[name])
+        self.recovers()
 
-    def test_error_status(self):
+    def test_what_is_not_the_file(self):
         self.fails(OSError, "500", dict(status=500, body=b"sorry"))
-        self.recovers()
-
-    def test_error_page_with_a_good_status(self):
-        self.fails(ValueError, "web page", dict(body=b"<html>sorry", headers={"Content-Type": "text/html; charset=utf-8"}))
-        self.recovers()
-
-    def test_wrong_bytes(self):
+        self.fails(OSError, "404", dict(status=404, body=b"sorry"))
+        self.fails(ValueError, "sha256", dict(body=b"<html>sorry", headers={"Content-Type": "text/html; charset=utf-8"}))
         self.fails(ValueError, "sha256", dict(body=b"{}"))
-        self.assertEqual(list(self.folder.iterdir()), [])
-        self.recovers()
+        self.fails(ValueError, "sha256", dict(body=b""))
+        self.fails(OSError, "download failed", dict(self.good["encoder.json"], send=1000))
+        self.fails(OSError, "download failed", dict(self.good["encoder.json"], hang=5))
 
-    def test_breaks_for_ever(self):
-        self.fails(OSError, "could not download", dict(self.good["encoder.json"], send=1000, ranges=False))
-        self.recovers()
-
-    def test_hangs(self):
-        self.fails(OSError, "could not download", dict(self.good["encoder.json"], hang=5))
-        self.recovers()
-
-    def test_a_break_is_taken_up_where_it_was(self):
-        self.serve("encoder.json", dict(self.good["encoder.json"], send=300_000), self.good["encoder.json"])
-        self.serve("vocab.bpe", self.good["vocab.bpe"])
-        self.assertEqual(len(bpe.get_encoder().encoder), 50257)
-        first, second, *_ = self.requests
-        self.assertEqual(first, ("/encoder.json", None))
-        start = int(second[1].removeprefix("bytes=").removesuffix("-"))
-        self.assertTrue(0 < start <= 300_000)
-
-    def test_a_poisoned_cache_is_replaced_and_kept_if_that_fails(self):
+    def test_a_damaged_file_is_replaced_and_kept_if_that_fails(self):
         (self.folder / "encoder.json").write_text("<html>an error page of long ago")
         self.serve("encoder.json", dict(status=503, body=b""))
-        with self.assertRaises(OSError):
+        with self.assertRaisesRegex(OSError, "is missing or damaged"):
             bpe.get_encoder()
         self.assertEqual((self.folder / "encoder.json").read_text(), "<html>an error page of long ago")
+        self.recovers()
+
+    def test_a_full_disk_leaves_nothing(self):
+        for name, answer in self.good.items():
+            self.serve(name, answer)
+        with mock.patch("mingpt.bpe.os.replace", side_effect=OSError(28, "No space left on device")), self.assertRaisesRegex(OSError, "No space"):
+            bpe.get_encoder()
+        self.assertEqual(list(self.folder.iterdir()), [])
         self.recovers()
 
     def test_what_is_there_needs_no_network(self):
@@ -329,6 +354,21 @@ class Download(Server):
         self.requests.clear()
         bpe.get_encoder()
         self.assertEqual(self.requests, [])
+
+    def test_several_write_the_same_file(self):
+        for name, answer in self.good.items():
+            self.serve(name, answer)
+        results, start = [], threading.Barrier(4)
+        def work():
+            start.wait()
+            results.append(bpe.get_encoder().encode("Hello world"))
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(results, [[15496, 995]] * 4)
+        self.complete()
 
 
 if __name__ == "__main__":
