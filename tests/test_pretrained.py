@@ -1,11 +1,12 @@
-"""Weights in and out: against transformers, from files of every kind, and from a hub on this machine that misbehaves."""
+"""Weights in and out: against transformers, from files of every kind, good and bad, and from a hub on this machine."""
 
 import hashlib
+import http.server
 import json
 import os
 import pickle
 import sys
-import tempfile
+import threading
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -13,9 +14,10 @@ from unittest import mock
 import requests
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 
-from common import Folder, Server, get_encoder, run_python, tiny_config, tiny_gpt
+from common import Folder, get_encoder, run_python, tiny_config, tiny_gpt
 from mingpt.model import GPT
 from mingpt.utils import set_seed
 
@@ -42,18 +44,19 @@ def save_as(model, folder: Path, form: str) -> None:
         state = model.state_dict()
         if "lm_head.weight" in state and model.config.tie_word_embeddings and form != "bin with head":
             del state["lm_head.weight"]
-        if form == "bin of old": # with the masks that transformers kept in its files for years, in the format before zip
+        if form == "bin of old": # with the masks that transformers once kept in its files, in the format before zip
             for layer in range(model.config.n_layer):
                 prefix = next(key for key in state if key.endswith("h.0.ln_1.weight")).removesuffix("0.ln_1.weight")
                 state[f"{prefix}{layer}.attn.bias"] = torch.ones(1, 1, 70, 70).tril().bool()
                 state[f"{prefix}{layer}.attn.masked_bias"] = torch.tensor(-1e4)
             torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
         elif form == "sharded bin":
-            names, files = sorted(state), {}
+            names, index = sorted(state), {}
             for i in range(3):
-                files |= {name: f"pytorch_model-{i + 1:05d}-of-00003.bin" for name in names[i::3]}
-                torch.save({name: state[name] for name in names[i::3]}, folder / f"pytorch_model-{i + 1:05d}-of-00003.bin")
-            (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+                file = f"pytorch_model-{i + 1:05d}-of-00003.bin"
+                index |= {name: file for name in names[i::3]}
+                torch.save({name: state[name] for name in names[i::3]}, folder / file)
+            (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
         else:
             torch.save(state, folder / "pytorch_model.bin")
 
@@ -68,11 +71,14 @@ class FromTransformers(Seeded):
         save_as(model, self.folder, form)
         ours = GPT.from_pretrained(str(self.folder))
         idx = torch.randint(model.config.vocab_size, (2, 12))
-        headed = model if isinstance(model, GPT2LMHeadModel) else GPT2LMHeadModel(model.config).eval()
-        headed.transformer.load_state_dict(model.state_dict() if headed is not model else model.transformer.state_dict())
+        headed = model
+        if isinstance(model, GPT2Model):
+            headed = GPT2LMHeadModel(model.config).eval()
+            headed.transformer.load_state_dict(model.state_dict())
         with torch.no_grad():
             torch.testing.assert_close(ours(idx)[0], headed(idx).logits, atol=1e-4, rtol=0)
-        greedy = headed.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=50, do_sample=False, pad_token_id=0)
+        mask = torch.ones_like(idx)
+        greedy = headed.generate(idx, attention_mask=mask, max_new_tokens=50, do_sample=False, pad_token_id=0)
         self.assertEqual(ours.generate(idx, 50).tolist(), greedy.tolist())
         self.assertFalse(ours.training)
         self.assertEqual(ours.lm_head.weight is ours.transformer.wte.weight, headed.config.tie_word_embeddings)
@@ -141,15 +147,13 @@ class FromTransformers(Seeded):
         self.assertTrue(torch.equal(torch.get_rng_state(), state))
 
     def test_memory_stays_near_the_size_of_the_weights(self):
-        config = tiny_config(n_layer=12, n_embd=512, n_head=8, vocab_size=20000) # 192 MB
+        config = tiny_config(n_layer=8, n_embd=512, n_head=8, vocab_size=8000) # 117 MB
         model = GPT(config)
         size = sum(p.numel() for p in model.parameters()) * 4
-        model.save_pretrained(self.folder)
-        model.cpu()
         script = """
 import resource, sys
 from mingpt.model import GPT
-import torch
+import safetensors.torch, torch
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 torch.ones(64, 64) @ torch.ones(64, 64)
 before = peak()
@@ -160,69 +164,179 @@ for parameter in model.parameters():
     parameter.sum()
 print(peak() - before)
 """
-        loaded, used = map(int, run_python("-c", script, self.folder).stdout.split())
-        self.assertLess(loaded, 1.2 * size)
-        self.assertLess(used, 1.2 * size)
+        for kind in ("model.safetensors", "pytorch_model.bin"):
+            with self.subTest(kind):
+                without = {"safetensors.torch": None} if kind == "pytorch_model.bin" else {}
+                with mock.patch.dict(sys.modules, without):
+                    model.save_pretrained(self.folder / kind)
+                self.assertTrue((self.folder / kind / kind).is_file())
+                loaded, used = map(int, run_python("-c", script, self.folder / kind).stdout.split()[-2:])
+                self.assertLess(loaded, 0.2 * size)
+                self.assertLess(used, 1.2 * size)
 
-    def test_what_the_model_cannot_be_is_named(self):
+    def test_its_own_end_token_is_kept(self):
+        for changes, eos in ((dict(eos_token_id=7, bos_token_id=3), 7), (dict(), None)):
+            theirs(**changes).save_pretrained(self.folder)
+            model = GPT.from_pretrained(str(self.folder))
+            self.assertEqual(model.config.eos_token_id, eos)
+            model.save_pretrained(self.folder)
+            saved = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            self.assertEqual((saved["eos_token_id"], saved["bos_token_id"]), (eos, changes.get("bos_token_id")))
+            self.assertEqual(GPT2LMHeadModel.from_pretrained(self.folder).generation_config.eos_token_id, eos)
+
+    def test_safetensors_are_preferred(self):
+        save_as(theirs(), self.folder, "safetensors")
+        (self.folder / "pytorch_model.bin").write_bytes(b"not read")
+        GPT.from_pretrained(str(self.folder))
+
+
+class BadFolders(Seeded):
+    """What is no model is a ValueError in one line that names the file and what is wrong in it."""
+
+    def setUp(self):
+        super().setUp()
         theirs().save_pretrained(self.folder)
-        good = json.loads((self.folder / "config.json").read_text())
-        for field, value in (("activation_function", "relu"), ("add_cross_attention", True), ("scale_attn_weights", False),
-                             ("scale_attn_by_inverse_layer_idx", True), ("n_inner", 50), ("layer_norm_epsilon", 1e-6), ("model_type", "bert")):
-            (self.folder / "config.json").write_text(json.dumps(good | {field: value}))
-            with self.subTest(field), self.assertRaisesRegex(ValueError, f"{field} = {value!r}"):
-                GPT.from_pretrained(str(self.folder))
-        (self.folder / "config.json").write_text(json.dumps({k: v for k, v in good.items() if k != "n_embd"}))
-        with self.assertRaisesRegex(ValueError, "lacks n_embd"):
+        self.config = self.folder / "config.json"
+        self.good = json.loads(self.config.read_text(encoding="utf-8"))
+
+    def refused(self, pattern, error=ValueError):
+        with self.assertRaisesRegex(error, pattern) as caught:
             GPT.from_pretrained(str(self.folder))
-        for changes, message in ((dict(n_layer=3), "Missing key"), (dict(n_layer=1), "Unexpected key"), (dict(n_positions=9), "wpe.weight")):
-            (self.folder / "config.json").write_text(json.dumps(good | changes))
-            with self.subTest(message), self.assertRaisesRegex(ValueError, f"(?s)do not fit its config.json.*{message}"):
-                GPT.from_pretrained(str(self.folder))
+        shown = str(caught.exception)
+        self.assertNotIn("\n", shown)
+        self.assertNotIn("weights_only", shown) # torch's advice to load the file without its guard
+        self.assertTrue(caught.exception.__suppress_context__ or caught.exception.__context__ is None)
+
+    def use_bin(self, content, **options):
+        (self.folder / "model.safetensors").unlink(missing_ok=True)
+        torch.save(content, self.folder / "pytorch_model.bin", **options)
+
+    def test_fields(self):
+        sizes, nan = ("n_head", "n_layer", "n_embd", "vocab_size", "n_positions"), float("nan")
+        impossible = {size: (0, -2, "2", True, 8.5, None, [], {}, nan) for size in sizes}
+        shares = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
+        impossible |= {share: (5, -0.1, nan, "0.1", None, True) for share in shares}
+        impossible |= dict(
+            activation_function=("relu", ["gelu"], None), add_cross_attention=(True,), scale_attn_weights=(False,),
+            scale_attn_by_inverse_layer_idx=(True,), layer_norm_epsilon=(1e-6,), model_type=("bert", {}),
+            tie_word_embeddings=("yes", None))
+        impossible["n_head"] += (5,)
+        impossible["n_layer"] += (20000, 10 ** 30)
+        for field, values in impossible.items():
+            named = "block_size" if field == "n_positions" else field # its name here
+            without = {key: value for key, value in self.good.items() if key != field}
+            for config in (*(self.good | {field: value} for value in values), *[without] * (field in sizes)):
+                self.config.write_text(json.dumps(config), encoding="utf-8")
+                with self.subTest(field=field, value=config.get(field, "none")):
+                    self.refused(rf"config\.json.*{named}")
+
+    def test_sizes_that_are_not_those_of_the_weights(self):
+        for changes, name in (
+                (dict(n_layer=3), "n_layer"), (dict(n_layer=1), "n_layer"), (dict(n_positions=9), "wpe.weight"),
+                (dict(n_embd=48), "wte"), (dict(n_embd=3 * 10 ** 9), "make"), (dict(vocab_size=10 ** 15), "wte")):
+            self.config.write_text(json.dumps(self.good | changes), encoding="utf-8")
+            with self.subTest(changes):
+                self.refused(name)
+
+    def test_config_json_is_none(self):
+        deep, long = b'{"n_layer":' * 50_000 + b"1" + b"}" * 50_000, b'{"n_layer": ' + b"9" * 5000 + b"}"
+        for content in (b"", b"[]", b"null", b"{", b"\xff\xfe\xff", b'{"n_layer": "\xe9"}', b"[" * 50_000, deep, long):
+            self.config.write_bytes(content)
+            with self.subTest(content[:20]):
+                self.refused(r"config\.json holds no JSON object")
+
+    def test_tensors(self):
+        state = theirs().state_dict()
+        wte, layer = "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"
+        cases = [(content, "pytorch_model.bin") for content in ([1, 2], None, 3, torch.ones(3), [("a", 1)])]
+        cases += [
+            ({}, "n_layer"),
+            ({"model": state}, "OrderedDict as 'model'"),
+            (state | {0: torch.ones(2)}, "as 0"),
+            (state | {wte: None}, "NoneType as .*wte"),
+            (state | {wte: state[wte][None]}, wte),
+            (state | {layer: state[layer][None]}, layer),
+            (state | {layer: state[layer].int()}, "torch.int32 as .*c_fc"),
+            (state | {"transformer.other": torch.ones(2)}, "transformer.other"),
+            (state | {"wte.weight": state[wte]}, '"wte.weight"'),
+            ({key: value for key, value in state.items() if key != layer}, layer),
+            ({key: value for key, value in state.items() if key != wte}, wte),
+        ]
+        for content, named in cases:
+            with self.subTest(named=named):
+                self.use_bin(content)
+                self.refused(named)
+
+    def test_files_that_hold_no_weights(self):
+        good = (self.folder / "model.safetensors").read_bytes()
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            for content in (b"", b"<html>", good[:100], b"\xff" * 1000, good[:-100], b"PK\x03\x04" + b"\0" * 100):
+                (self.folder / name).write_bytes(content)
+                with self.subTest(name=name, content=content[:10]):
+                    self.refused(f"{name} cannot be read as weights")
+            (self.folder / name).unlink()
 
     def test_a_malicious_pickle_is_refused(self):
-        theirs().config.save_pretrained(self.folder)
         class Malicious:
             def __reduce__(self):
                 return os.system, (f"touch {folder}/owned",)
         folder = self.folder
         for legacy in (True, False):
-            torch.save({"wte.weight": Malicious()}, self.folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
-            with self.assertRaisesRegex(ValueError, "cannot be read as weights"):
-                GPT.from_pretrained(str(self.folder))
-        (self.folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious()))
-        with self.assertRaisesRegex(ValueError, "cannot be read as weights"):
-            GPT.from_pretrained(str(self.folder))
+            self.use_bin({"wte.weight": Malicious()}, _use_new_zipfile_serialization=not legacy)
+            self.refused("cannot be read as weights")
+        (self.folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(), protocol=2))
+        self.refused("cannot be read as weights")
         self.assertFalse((self.folder / "owned").exists())
 
-    def test_an_index_cannot_name_files_elsewhere(self):
-        theirs().config.save_pretrained(self.folder)
-        for shard in ("../other.bin", "/etc/passwd", "a/b.bin"):
-            (self.folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"wte.weight": shard}}))
-            with self.assertRaisesRegex(ValueError, "outside its folder"):
-                GPT.from_pretrained(str(self.folder))
+    def test_an_index(self):
+        (self.folder / "model.safetensors").unlink()
+        index = self.folder / "pytorch_model.bin.index.json"
+        bad_maps = [None, ["a.bin"], {"wte.weight": 3}]
+        bad_maps += [{"wte.weight": file} for file in ("../other.bin", "/etc/passwd", "a/b.bin", ".")]
+        for content in ({}, [], *({"weight_map": weight_map} for weight_map in bad_maps)):
+            index.write_text(json.dumps(content), encoding="utf-8")
+            with self.subTest(content):
+                self.refused(r"pytorch_model\.bin\.index\.json")
+        for shard in ("pytorch_model-00001-of-00001.bin", "..", ""):
+            index.write_text(json.dumps({"weight_map": {"wte.weight": shard}}), encoding="utf-8")
+            self.refused("cannot be read as weights")
 
-    def test_a_folder_without_weights(self):
-        with self.assertRaisesRegex(FileNotFoundError, "config.json"):
-            GPT.from_pretrained(str(self.folder))
-        theirs().config.save_pretrained(self.folder)
-        with self.assertRaisesRegex(FileNotFoundError, "no weights"):
-            GPT.from_pretrained(str(self.folder))
+    def test_files_that_are_missing(self):
+        (self.folder / "model.safetensors").unlink()
+        self.refused("no weights in .*model.safetensors", FileNotFoundError)
+        self.config.unlink()
+        self.refused("config.json", FileNotFoundError)
+
+    def test_a_name_that_is_no_folder(self):
+        for name in ("", "nothing", "./out", "../model", "~/model", "/nowhere/model", "a/b/c", "out\\model", "a/..",
+                     "owner/model\n", "out/", "a\0/b", "x" * 5000, str(self.config), "tests/common.py"):
+            with self.subTest(name), mock.patch("os.path.exists", lambda path: path == "tests/common.py"):
+                with self.assertRaisesRegex(FileNotFoundError, "there is no folder"):
+                    GPT.from_pretrained(name)
 
 
 class SavePretrained(Seeded):
     def test_transformers_reads_it_and_so_do_we(self):
-        for changes in (dict(), dict(tie_weights=False), dict(gelu_approximate="none"), dict(n_layer=3, n_head=4, resid_pdrop=0.0)):
-            with self.subTest(changes):
-                model, folder = tiny_gpt(vocab_size=31, **changes), self.folder / str(len(list(self.folder.iterdir())))
-                model.save_pretrained(folder)
-                other, again = GPT2LMHeadModel.from_pretrained(folder).eval(), GPT.from_pretrained(str(folder))
-                idx = torch.randint(31, (3, 8))
-                with torch.no_grad():
-                    torch.testing.assert_close(other(idx).logits, model(idx)[0], atol=1e-5, rtol=0)
-                self.assertEqual(again.config.to_dict(), model.config.to_dict() | {"model_type": "gpt"})
-                for (name, mine), (_, read) in zip(model.state_dict().items(), again.state_dict().items()):
-                    self.assertTrue(torch.equal(mine, read) and mine.dtype == read.dtype, name)
+        models = {}, dict(tie_weights=False), dict(gelu_approximate="none"), dict(n_layer=3, n_head=4, resid_pdrop=0.0)
+        for i, changes in enumerate(models):
+            for name, without in (("model.safetensors", {}), ("pytorch_model.bin", {"safetensors.torch": None})):
+                with self.subTest(name, **changes):
+                    model, folder = tiny_gpt(vocab_size=31, **changes), self.folder / f"{i}-{name}"
+                    with mock.patch.dict(sys.modules, without):
+                        model.save_pretrained(folder)
+                    self.assertEqual(sorted(path.name for path in folder.iterdir()), ["config.json", name])
+                    other, again = GPT2LMHeadModel.from_pretrained(folder).eval(), GPT.from_pretrained(str(folder))
+                    idx = torch.randint(31, (3, 8))
+                    with torch.no_grad():
+                        torch.testing.assert_close(other(idx).logits, model(idx)[0], atol=1e-5, rtol=0)
+                    self.assertLessEqual(model.config.to_dict().items(), again.config.to_dict().items())
+                    for (key, mine), (_, read) in zip(model.state_dict().items(), again.state_dict().items()):
+                        self.assertTrue(torch.equal(mine, read) and mine.dtype == read.dtype, key)
+
+    def test_the_end_token_is_that_of_gpt2_only_with_its_vocabulary(self):
+        for vocab_size, eos in ((50257, 50256), (60000, None), (11, None)):
+            tiny_gpt(vocab_size=vocab_size, n_embd=2, n_layer=1).save_pretrained(self.folder)
+            self.assertEqual(GPT2LMHeadModel.from_pretrained(self.folder).generation_config.eos_token_id, eos)
 
     def test_bfloat16_comes_back_bit_for_bit(self):
         model = tiny_gpt().bfloat16()
@@ -241,128 +355,174 @@ class SavePretrained(Seeded):
         idx = torch.randint(11, (1, 8))
         torch.testing.assert_close(GPT.from_pretrained(str(self.folder))(idx)[0], model(idx)[0])
 
-    def test_not_beside_other_weights(self):
-        theirs().save_pretrained(self.folder)
-        with self.assertRaisesRegex(ValueError, "other weights, model.safetensors"):
+    def test_in_place_of_an_earlier_model(self):
+        for form in ("safetensors", "sharded safetensors", "bin", "sharded bin"):
+            for name, without in (("model.safetensors", {}), ("pytorch_model.bin", {"safetensors.torch": None})):
+                with self.subTest(form, name=name):
+                    folder = self.folder / f"{form} {name}"
+                    folder.mkdir()
+                    save_as(theirs(eos_token_id=5, n_layer=3), folder, form)
+                    (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
+                    for other in ("tokenizer.json", "model-notes.txt", "my_model.safetensors"):
+                        (folder / other).write_text("stays")
+                    model, idx = tiny_gpt(), torch.randint(11, (1, 8))
+                    with mock.patch.dict(sys.modules, without):
+                        model.save_pretrained(folder)
+                    self.assertEqual({path.name for path in folder.iterdir()},
+                                     {"config.json", name, "tokenizer.json", "model-notes.txt", "my_model.safetensors"})
+                    (folder / "tokenizer.json").unlink()
+                    other = GPT2LMHeadModel.from_pretrained(folder).eval()
+                    self.assertIsNone(other.generation_config.eos_token_id)
+                    with torch.no_grad():
+                        torch.testing.assert_close(other(idx).logits, model(idx)[0], atol=1e-5, rtol=0)
+                        torch.testing.assert_close(GPT.from_pretrained(str(folder))(idx)[0], model(idx)[0])
+
+    def test_a_save_that_fails_changes_nothing(self):
+        save_as(theirs(), self.folder, "sharded bin")
+        before = {path.name: path.read_bytes() for path in self.folder.iterdir()}
+        full = mock.patch("safetensors.torch.save_file", side_effect=OSError("no space left"))
+        with full, self.assertRaises(OSError):
             tiny_gpt().save_pretrained(self.folder)
-        self.assertFalse((self.folder / "pytorch_model.bin").exists())
+        self.assertEqual({path.name: path.read_bytes() for path in self.folder.iterdir()}, before)
 
 
-class Hub(Server):
-    """Models from a hub: whatever it does, nothing broken stays in the cache, and the next call recovers."""
+class Hub(Seeded):
+    """Repositories of a hub on this machine, fetched in another process, as huggingface_hub reads HF_ENDPOINT once."""
+
+    SCRIPT = """
+import sys
+from mingpt.model import GPT
+for name in sys.argv[1:]:
+    try:
+        print(GPT.from_pretrained(name).transformer.wpe.weight.double().sum().item())
+    except OSError as error:
+        print(f"{type(error).__name__}: {error}")
+"""
 
     def setUp(self):
         super().setUp()
-        set_seed(2)
-        self.source, self.cache = self.folder / "source", self.folder / "cache"
-        self.source.mkdir()
-        self.cache.mkdir()
-        self.patch(mock.patch.dict(os.environ, MINGPT_CACHE=str(self.cache), HF_ENDPOINT=self.address))
-        self.model = theirs(n_embd=120)
-        self.idx = torch.randint(61, (1, 9))
+        self.files, self.sums, self.fetched, test = {}, {}, [], self
 
-    def publish(self, name="owner/model", form="bin"):
-        """Puts the model on the hub as the real one has it: large files behind a redirect that names their sha256."""
-        save_as(self.model, self.source, form)
-        for file in self.source.iterdir():
-            body = file.read_bytes()
-            answer = dict(body=body)
-            if file.suffix != ".json":
-                self.files[f"/storage/{file.name}"] = [answer]
-                answer = dict(status=302, body=b"", headers={"Location": f"/storage/{file.name}", "X-Linked-Etag": f'"{hashlib.sha256(body).hexdigest()}"'})
-            self.files[f"/{name}/resolve/main/{file.name}"] = [answer]
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
 
-    def loads(self, name="owner/model"):
+            def do_GET(self):
+                status, body, headers = test.answer(self.path)
+                if self.command == "GET" and "/resolve/" in self.path and status == 200:
+                    test.fetched.append("/".join(self.path.split("/")[1:3]) + "/" + self.path.split("/")[-1])
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01))
+        thread.start()
+        for end in (thread.join, server.server_close, server.shutdown):
+            self.addCleanup(end)
+        self.environment = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", NO_PROXY="127.0.0.1",
+                                HF_HOME=str(self.folder / "cache"))
+
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+    def answer(self, path):
+        """What the real hub answers to the requests that huggingface_hub sends: (status, body, headers)."""
+        path = path.partition("?")[0]
+        name = "/".join(path.removeprefix("/api/models").split("/")[1:3])
+        file = path.rpartition("/")[2]
+        if name not in self.files:
+            return 404, b"", {"X-Error-Code": "RepoNotFound"}
+        files = self.files[name]
+        if path.startswith("/api/"):
+            content = dict(id=name, sha=self.COMMIT, siblings=[dict(rfilename=file) for file in files])
+            if "/tree/" in path:
+                content = [dict(type="file", path=file, size=len(body), oid=hashlib.sha1(body).hexdigest())
+                           for file, body in files.items()]
+            return 200, json.dumps(content).encode(), {"Content-Type": "application/json"}
+        if name == "owner/gated":
+            return 403, b"", {"X-Error-Code": "GatedRepo", "X-Repo-Commit": self.COMMIT}
+        if file not in files:
+            return 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.COMMIT}
+        return 200, files[file], {"ETag": f'"{hashlib.sha1(files[file]).hexdigest()}"', "X-Repo-Commit": self.COMMIT}
+
+    def publish(self, name, *forms):
+        """Puts a model on the hub, in one form or in several, and beside it what nobody asked for."""
+        model = theirs()
         with torch.no_grad():
-            torch.testing.assert_close(GPT.from_pretrained(name)(self.idx)[0], self.model(self.idx).logits, atol=1e-4, rtol=0)
+            self.sums[name] = model.transformer.wpe.weight.double().sum().item()
+        folder = self.folder / name
+        folder.mkdir(parents=True)
+        for form in forms:
+            save_as(model, folder, form)
+        self.files[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
+        self.files[name] |= {"tf_model.h5": b"large", "README.md": b"#"}
 
-    def kept(self):
-        return sorted(str(path.relative_to(self.cache)) for path in self.cache.rglob("*") if path.is_file())
+    def load(self, *names, **environment):
+        printed = run_python("-c", self.SCRIPT, *names, **self.environment | environment).stdout
+        return [line for line in printed.splitlines() if not line.startswith("number of parameters")]
 
-    def test_every_form_and_then_without_a_network(self):
-        for form in ("bin", "sharded bin", "safetensors", "sharded safetensors"):
-            with self.subTest(form):
-                self.files.clear()
-                for file in self.source.iterdir():
-                    file.unlink()
-                name = f"owner/{form.replace(' ', '-')}"
-                self.publish(name, form)
-                self.loads(name)
-                self.requests.clear()
-                self.files.clear()
-                self.loads(name)
-                self.assertEqual(self.requests, [])
+    def test_repositories(self):
+        forms = {"owner/both": ("safetensors", "bin"), "owner/bin": ("bin",), "owner/parts": ("sharded safetensors",),
+                 "owner/bin-parts": ("sharded bin",), "openai-community/gpt2": ("bin of old", "safetensors")}
+        for name, kinds in forms.items():
+            self.publish(name, *kinds)
+        self.files["owner/gated"] = self.files["owner/bin"]
+        good = ["owner/both", "owner/bin", "owner/parts", "owner/bin-parts", "gpt2"]
+        bad = ["owner/nothing", "owner/gated", "owner/a..b"]
+        *loaded, nothing, gated, invalid = self.load(*good, *bad)
+        self.assertEqual([float(line) for line in loaded], list(self.sums.values()))
+        refused = "^OSError: there is no folder '.*', and the hub does not give it: "
+        self.assertRegex(nothing, refused + "RepositoryNotFoundError")
+        self.assertRegex(gated, refused + "GatedRepoError")
+        self.assertRegex(invalid, refused + "HFValidationError")
+        expected = []
+        for name, kind in (("owner/both", "model"), ("owner/bin", "pytorch_model"), ("owner/parts", "model"),
+                           ("owner/bin-parts", "pytorch_model"), ("openai-community/gpt2", "model")):
+            expected += [f"{name}/{file}" for file in self.files[name] if file.startswith(("config.json", kind))]
+        self.assertEqual(sorted(self.fetched), sorted(expected)) # each file once, and one kind of weights
 
-    def test_the_short_names(self):
-        self.publish("openai-community/gpt2")
-        self.loads("gpt2")
-        self.publish("distilbert/distilgpt2")
-        self.loads("distilgpt2")
-        self.assertTrue((self.cache / "openai-community" / "gpt2" / "pytorch_model.bin").exists())
+        self.fetched.clear() # without a network, by setting and in fact
+        for changes in (dict(HF_HUB_OFFLINE="1"), dict(HF_ENDPOINT="http://127.0.0.1:1")):
+            *loaded, missing = self.load(*good, "owner/nothing", **changes)
+            self.assertEqual([float(line) for line in loaded], list(self.sums.values()))
+            self.assertRegex(missing, refused + "LocalEntryNotFoundError")
 
-    def test_a_name_that_does_not_exist(self):
-        with self.assertRaisesRegex(FileNotFoundError, "404"):
-            GPT.from_pretrained("owner/nothing")
-        self.assertEqual(self.kept(), [])
-        with self.assertRaisesRegex(ValueError, "neither a folder"):
-            GPT.from_pretrained("../model")
-
-    def misbehave(self, path, *answers, error=(OSError, ValueError)):
-        good = self.files[path]
-        self.files[path] = list(answers)
-        with self.assertRaises(error):
-            GPT.from_pretrained("owner/model")
-        self.files[path] = good
-        broken = [name for name in self.kept() if not name.endswith(("config.json", ".part"))]
-        self.assertEqual(broken, [])
-        self.loads()
-        self.assertEqual(self.kept(), ["owner/model/config.json", "owner/model/pytorch_model.bin"])
-
-    def test_weights_break_off_for_ever(self):
-        self.publish()
-        body = self.files["/storage/pytorch_model.bin"][0]["body"]
-        self.misbehave("/storage/pytorch_model.bin", dict(body=body, send=100_000), dict(body=body, hang=3), error=OSError)
-        self.assertTrue(any(begin for path, begin in self.requests if path == "/storage/pytorch_model.bin"))
-
-    def test_weights_cut_short_with_a_matching_length(self):
-        self.publish()
-        self.misbehave("/storage/pytorch_model.bin", dict(body=self.files["/storage/pytorch_model.bin"][0]["body"][:100_000]), error=ValueError)
-
-    def test_weights_with_wrong_bytes(self):
-        self.publish()
-        body = bytearray(self.files["/storage/pytorch_model.bin"][0]["body"])
-        body[len(body) // 2] ^= 1
-        self.misbehave("/storage/pytorch_model.bin", dict(body=bytes(body)), error=ValueError)
-
-    def test_an_error_page_for_weights_without_a_digest(self):
-        self.publish()
-        for headers in ({"Content-Type": "text/html"}, {}):
-            self.misbehave("/owner/model/resolve/main/pytorch_model.bin", dict(body=b"<html>We are sorry", headers=headers), error=ValueError)
-            (self.cache / "owner/model/pytorch_model.bin").unlink()
-
-    def test_an_error_page_or_half_a_file_for_the_config(self):
-        self.publish()
-        body = self.files["/owner/model/resolve/main/config.json"][0]["body"]
-        for answer in (dict(body=b"<html>We are sorry"), dict(body=body[:50]), dict(body=b"[]"), dict(status=500, body=b"")):
-            self.misbehave("/owner/model/resolve/main/config.json", answer)
-            for name in self.kept():
-                (self.cache / name).unlink()
-
-    def test_the_server_is_down(self):
-        self.publish()
-        self.misbehave("/owner/model/resolve/main/config.json", dict(body=b"{}", hang=3), error=OSError)
+    def test_what_transformers_fetched_is_used(self):
+        self.publish("owner/both", "safetensors", "bin")
+        for use_safetensors in (False, True):
+            self.environment["HF_HOME"] = str(self.folder / f"cache{use_safetensors}")
+            run_python("-c", f"""
+from transformers import GPT2LMHeadModel
+GPT2LMHeadModel.from_pretrained("owner/both", use_safetensors={use_safetensors})
+""", **self.environment)
+            self.fetched.clear()
+            self.assertEqual(self.load("owner/both", HF_HUB_OFFLINE="1"), [str(self.sums["owner/both"])])
+            self.assertEqual(self.fetched, [])
 
 
-class Imports(unittest.TestCase):
+class Imports(Seeded):
     def test_optional_packages_only_when_needed(self):
-        script = "import sys; import mingpt.model, mingpt.bpe, mingpt.trainer; print([m for m in ('transformers', 'safetensors', 'requests') if m in sys.modules])"
+        script = ("import sys; import mingpt.model, mingpt.bpe, mingpt.trainer, mingpt.pretrained; "
+                  "print([m for m in ('transformers', 'safetensors', 'huggingface_hub') if m in sys.modules])")
         self.assertEqual(run_python("-c", script).stdout.strip(), "[]")
 
-    def test_a_safetensors_file_without_the_package_says_what_to_install(self):
-        with tempfile.TemporaryDirectory() as folder:
-            theirs().save_pretrained(folder)
-            with mock.patch.dict(sys.modules, {"safetensors.torch": None}), self.assertRaisesRegex(ImportError, "pip install safetensors"):
-                GPT.from_pretrained(folder)
+    def test_what_to_install(self):
+        install = r'pip install -e "\.\[pretrained\]" \(a folder needs no huggingface_hub, a \.bin file no safetensors'
+        theirs().save_pretrained(self.folder)
+        with mock.patch.dict(sys.modules, {"safetensors.torch": None, "huggingface_hub": None}):
+            with self.assertRaisesRegex(ImportError, "model.safetensors: " + install):
+                GPT.from_pretrained(str(self.folder))
+            with self.assertRaisesRegex(ImportError, "there is no folder 'owner/model'.*" + install):
+                GPT.from_pretrained("owner/model")
+            tiny_gpt().save_pretrained(self.folder) # neither package is needed for this
+            GPT.from_pretrained(str(self.folder))
 
 
 class RealGPT2(unittest.TestCase):
@@ -373,8 +533,9 @@ class RealGPT2(unittest.TestCase):
         except requests.RequestException:
             self.skipTest(f"the hub at {endpoint} cannot be reached")
         idx = torch.tensor([get_encoder().encode("The dog")])
-        expected = [464, 3290, 373, 1043, 287, 257, 2214, 1474, 262, 16246, 286, 2688, 290, 2688, 27262, 13, 198, 198, 464, 3290]
-        self.assertEqual(GPT.from_pretrained("gpt2").generate(idx, 18)[0].tolist(), expected) # what transformers tests itself by
+        expected = [464, 3290, 373, 1043, 287, 257, 2214, 1474, 262, 16246, 286, 2688, 290, 2688, 27262, 13, 198, 198,
+                    464, 3290] # transformers tests itself by the same
+        self.assertEqual(GPT.from_pretrained("gpt2").generate(idx, 18)[0].tolist(), expected)
 
 
 if __name__ == "__main__":
