@@ -1,0 +1,3 @@
+"""A GPT to read in one sitting: start with model.py."""
+
+__version__ = "2.0.0"

@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from unittest import mock
 import torch
 
 from mingpt.model import GPT
+
+logging.getLogger("mingpt").setLevel(logging.WARNING) # tests that look at the log turn it on
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,7 +77,6 @@ class Server(Folder):
 
     def setUp(self):
         super().setUp()
-        self.patch(mock.patch("mingpt.utils.TIMEOUT", 0.4), mock.patch("mingpt.utils.time.sleep")) # nobody waits
         self.files, self.requests = {}, []
         test = self
 

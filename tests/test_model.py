@@ -1,5 +1,6 @@
 """The model against the formulas it stands for, and against transformers' GPT-2."""
 
+import concurrent.futures
 import copy
 import io
 import math
@@ -36,7 +37,7 @@ class Attention(unittest.TestCase):
         self.assertTrue(torch.equal(attention(x), attention(x)))
 
     def test_heads_must_divide_the_channels(self):
-        with self.assertRaisesRegex(ValueError, "n_embd=10.*n_head=3"):
+        with self.assertRaisesRegex(ValueError, "n_embd=10, expected a multiple of n_head=3"):
             GPT(tiny_config(n_embd=10, n_head=3))
 
 
@@ -71,10 +72,10 @@ class Config(unittest.TestCase):
     def test_what_is_wrong_is_named(self):
         for changes, message in (
             (dict(model_type="gpt3"), "unknown model_type 'gpt3'"),
-            (dict(vocab_size=None), "lacks vocab_size"),
-            (dict(block_size=None), "lacks block_size"),
-            (dict(n_head=None), "lacks n_head"),
-            (dict(model_type="gpt-nano"), "'gpt-nano' means .*'n_embd': 48.* says .*'n_embd': 16"),
+            (dict(vocab_size=None), "vocab_size=None"),
+            (dict(block_size=None), "block_size=None"),
+            (dict(n_head=None), "n_head=None, .*model_type"),
+            (dict(model_type="gpt-nano"), "'gpt-nano' means n_layer=3, but n_layer=2 is given"),
         ):
             with self.subTest(changes), self.assertRaisesRegex(ValueError, message):
                 GPT(tiny_config(**changes))
@@ -103,6 +104,25 @@ class Forward(unittest.TestCase):
             changed[:, t:] = (changed[:, t:] + 1) % 11
             torch.testing.assert_close(self.model(changed)[0][:, :t], logits[:, :t])
             self.assertFalse(torch.allclose(self.model(changed)[0][:, t], logits[:, t]))
+
+    def test_targets_that_do_not_count(self):
+        idx, targets = torch.randint(11, (2, 8)), torch.full((2, 8), -1)
+        _, loss = self.model(idx, targets)
+        loss.backward()
+        self.assertEqual(loss.item(), 0)
+        self.assertTrue(all(p.grad is None or not p.grad.any() for p in self.model.parameters()))
+        for token in (-2, 11):
+            targets[1, 3] = token
+            with self.assertRaisesRegex(ValueError, f"{token}.*vocabulary goes from 0 to 10"):
+                self.model(idx, targets)
+
+    def test_half_precision_models_compute_their_loss_in_float32(self):
+        idx = torch.randint(11, (2, 8))
+        for dtype in (torch.bfloat16, torch.float16):
+            logits, loss = copy.deepcopy(self.model).to(dtype)(idx, idx)
+            self.assertEqual((logits.dtype, loss.dtype), (dtype, torch.float32))
+            torch.testing.assert_close(loss, F.cross_entropy(logits.float().flatten(0, 1), idx.flatten()), rtol=1e-6, atol=0)
+        self.assertEqual(copy.deepcopy(self.model).double()(idx, idx)[1].dtype, torch.float64)
 
     def test_too_long_or_unknown(self):
         with self.assertRaisesRegex(ValueError, "9 tokens.*block_size is 8"):
@@ -274,6 +294,11 @@ class Generate(unittest.TestCase):
         self.assertEqual([token.shape for token in tokens], [(2,)] * 12)
         self.assertEqual(torch.stack(tokens, dim=1).tolist(), self.model.generate(idx, 12)[:, 3:].tolist())
 
+    def test_tiny_temperatures_are_greedy(self):
+        idx = torch.randint(11, (2, 3))
+        for temperature in (1e-20, 1e-37, 1e-39, 1e-45, 1e-300):
+            self.assertEqual(self.model.generate(idx, 9, temperature=temperature, do_sample=True).tolist(), self.model.generate(idx, 9).tolist())
+
     def test_temperature_zero_is_greedy(self):
         idx = torch.randint(11, (2, 3))
         self.assertEqual(self.model.generate(idx, 9, temperature=0.0, do_sample=True).tolist(), self.model.generate(idx, 9).tolist())
@@ -296,19 +321,42 @@ class Generate(unittest.TestCase):
         self.model.transformer.h[0].eval()
         modes = [module.training for module in self.model.modules()]
         stream = self.model.stream(torch.zeros(1, 1, dtype=torch.long), 5)
-        next(stream)
-        self.assertFalse(any(module.training for module in self.model.modules()))
-        stream.close() # a consumer that stops early
+        token = next(stream)
         self.assertEqual([module.training for module in self.model.modules()], modes)
+        self.model(token[:, None], token[:, None])[1].backward() # it is an ordinary tensor
         idx = self.model.generate(torch.zeros(1, 1, dtype=torch.long), 5)
         self.model(idx[:, :-1], idx[:, 1:])[1].backward()
         self.assertEqual([module.training for module in self.model.modules()], modes)
+
+    def test_an_abandoned_stream_undoes_nothing(self):
+        self.model.train()
+        stream = self.model.stream(torch.zeros(1, 1, dtype=torch.long), 5)
+        next(stream)
+        self.model.eval() # the user's own decision
+        stream.close()
+        self.assertFalse(any(module.training for module in self.model.modules()))
+
+    def test_two_streams_in_turns_and_eight_threads_run_without_dropout(self):
+        prompts = [torch.randint(11, (1, 3)) for _ in range(8)]
+        expected = [self.model.generate(prompt, 12).tolist() for prompt in prompts]
+        self.model.train() # with dropout, each of them would go wrong
+        first, second = (self.model.stream(prompt, 12) for prompt in prompts[:2])
+        pairs = [(a.item(), b.item()) for a, b in zip(first, second)]
+        self.assertEqual([list(row) for row in zip(*pairs)], [expected[i][0][3:] for i in range(2)])
+        with concurrent.futures.ThreadPoolExecutor(8) as threads:
+            for _ in range(3):
+                self.assertEqual(list(threads.map(lambda prompt: self.model.generate(prompt, 12).tolist(), prompts)), expected)
+        self.assertTrue(all(module.training for module in self.model.modules()))
+
+    def test_bad_arguments_are_refused_at_the_call(self):
+        with self.assertRaisesRegex(ValueError, "top_k=0"):
+            self.model.stream(torch.zeros(1, 1, dtype=torch.long), 5, top_k=0)
 
     def test_bad_settings(self):
         idx = torch.zeros(1, 2, dtype=torch.long)
         for prompt, options, message in (
             (idx[:, :0], {}, "at least one token"), (idx[0], {}, "shape"), (idx, dict(temperature=-1.0), "temperature=-1"),
-            (idx, dict(temperature=math.nan), "temperature=nan"), (idx, dict(top_k=0), "top_k=0"), (idx, dict(top_p=0.0), "top_p=0"),
+            (idx, dict(temperature=math.nan), "temperature=nan"), (idx, dict(temperature=math.inf), "temperature=inf"), (idx, dict(top_k=0), "top_k=0"), (idx, dict(top_p=0.0), "top_p=0"),
             (idx, dict(top_p=1.5), "top_p=1.5"), (idx, dict(max_new_tokens=-1), "max_new_tokens=-1"),
         ):
             with self.subTest(message), self.assertRaisesRegex(ValueError, message):
