@@ -1,8 +1,6 @@
 """A training run that the trainer's tests start as a process: a tiny GPT with dropout on random pairs. Arguments: --name=value."""
 
 import hashlib
-import logging
-import sys
 import time
 
 import numpy as np
@@ -10,7 +8,7 @@ import torch
 
 from mingpt.model import GPT
 from mingpt.trainer import Trainer
-from mingpt.utils import CfgNode, set_seed
+from mingpt.utils import CfgNode, run_script, set_seed
 
 class Pairs(torch.utils.data.Dataset):
     """Rows of 9 tokens, each a function of its number alone."""
@@ -27,7 +25,6 @@ def main(args):
     config = CfgNode(trainer=Trainer.get_default_config(), pause=0.0, digest=True, dropout=0.1, fail_at=0)
     config.trainer.merge_from_dict(dict(batch_size=8, max_iters=30, learning_rate=3e-3, log_interval=1, device="cpu", seed=5))
     config.merge_from_args(args)
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     set_seed(1)
     model_config = GPT.get_default_config()
     model_config.merge_from_dict(dict(n_layer=2, n_head=2, n_embd=16, vocab_size=5, block_size=8, embd_pdrop=config.dropout,
@@ -47,4 +44,4 @@ def main(args):
         print("digest", hashlib.sha256(weights + repr(np.random.rand()).encode()).hexdigest())
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)
