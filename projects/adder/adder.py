@@ -12,7 +12,6 @@ digits that it has seen. It is trained to predict the sum's digits; those of the
 
 import logging
 import math
-import sys
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch.utils.data import Dataset
 
 from mingpt.model import GPT
 from mingpt.trainer import Trainer
-from mingpt.utils import CfgNode, set_seed, setup_logging
+from mingpt.utils import CfgNode, run_script, set_seed, setup_logging
 
 logger = logging.getLogger("mingpt.adder")
 
@@ -37,9 +36,11 @@ def get_config() -> CfgNode:
 
     C.model = GPT.get_default_config()
     C.model.model_type = "gpt-nano"
+    del C.model.vocab_size, C.model.block_size # the problems decide
     C.model.embd_pdrop = C.model.resid_pdrop = C.model.attn_pdrop = 0.0 # the data has no noise: nothing to guard against
 
     C.trainer = Trainer.get_default_config()
+    del C.trainer.work_dir # it is system.work_dir
     C.trainer.max_iters = 3000
     C.trainer.batch_size = 128
     C.trainer.learning_rate = 4e-3
@@ -108,7 +109,8 @@ class AdditionDataset(Dataset):
 
 # -----------------------------------------------------------------------------
 
-def find_mistakes(model: GPT, dataset: AdditionDataset, device, max_problems: int = 10_000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def find_mistakes(model: GPT, dataset: AdditionDataset, device,
+                  max_problems: int = 10_000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Has the model answer the first problems of a split: their numbers (B,), its sums (B,), and which are right (B,)."""
     n = dataset.config.ndigit
     problems = dataset.problems(np.arange(min(len(dataset), max_problems)))
@@ -125,7 +127,7 @@ def find_mistakes(model: GPT, dataset: AdditionDataset, device, max_problems: in
 def count_carries(problems: np.ndarray, n: int) -> np.ndarray:
     """How many digits are carried in adding a and b: 85 + 50 has 1, 85 + 57 has 2."""
     a, b = np.divmod(problems, 10 ** n)
-    places = 10 ** np.arange(1, n + 1) # a carry leaves a place where the lower digits of a and b make up more than it holds
+    places = 10 ** np.arange(1, n + 1) # a digit is carried to a place if the digits below it add up to that much
     return (a[:, None] % places + b[:, None] % places >= places).sum(axis=1)
 
 def main(args: list[str]) -> None:
@@ -139,15 +141,17 @@ def main(args: list[str]) -> None:
     config.trainer.work_dir = config.system.work_dir
     model = GPT(config.model)
     config.model = model.config
-    setup_logging(config)
     trainer = Trainer(config.trainer, model, train_dataset, test_dataset)
+    setup_logging(config) # only now: a refused resume changes no file
 
     def report(trainer: Trainer) -> None:
         n = config.data.ndigit
         for name, dataset in (("train", train_dataset), ("test", test_dataset)):
             problems, sums, right = find_mistakes(model, dataset, trainer.device)
-            wrong = [f"{p // 10 ** n} + {p % 10 ** n} = {p // 10 ** n + p % 10 ** n}, not {s}" for p, s in zip(problems[~right], sums[~right])]
-            logger.info(f"{name:>12}: {right.sum()} of {len(right)} sums exact ({right.mean():.2%}){'; ' * bool(wrong)}{'; '.join(wrong[:5])}")
+            wrong = [f"{p // 10 ** n} + {p % 10 ** n} = {p // 10 ** n + p % 10 ** n}, not {s}"
+                     for p, s in zip(problems[~right], sums[~right])]
+            logger.info(f"{name:>12}: {right.sum()} of {len(right)} sums exact ({right.mean():.2%})"
+                        + "".join(f"; {mistake}" for mistake in wrong[:5]))
             carries = count_carries(problems, n)
             by_carries = {int(count): round(float(right[carries == count].mean()), 4) for count in np.unique(carries)}
             trainer.write_metrics(split=name, exact=round(float(right.mean()), 4), by_carries=by_carries)
@@ -157,4 +161,4 @@ def main(args: list[str]) -> None:
     logger.info(f"the model is in {config.system.work_dir}")
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -8,22 +8,26 @@ Teaches a GPT to write like a text, character by character.
     python projects/chargpt/chargpt.py --help                           # every setting
 """
 
+import difflib
 import hashlib
+import io
 import json
 import logging
 import math
-import sys
+import os
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import requests
 import torch
-from torch.utils.data import Dataset
 
-from muon import Muon, Optimizers
-from mingpt.model import GPT
-from mingpt.trainer import Trainer
-from mingpt.utils import CfgNode, cache_dir, download, read_text, replacing, set_seed, setup_logging
+from muon import MuonGPT
+from mingpt.data import TokenDataset
+from mingpt.model import SIZES
+from mingpt.trainer import Trainer, read_checkpoint
+from mingpt.utils import CfgNode, check_config, progress, replacing, run_script, set_seed, setup_logging
 
 logger = logging.getLogger("mingpt.chargpt")
 
@@ -36,19 +40,21 @@ def get_config() -> CfgNode:
     C.system.mode = "train" # or 'sample': write text with the model in work_dir
     C.system.seed = 3407
     C.system.work_dir = "./out/chargpt" # where the log, the metrics and the model go
-    C.system.prompt = None # what a sample starts with; None takes the first characters of the validation text
+    C.system.prompt = "" # what a sample starts with; empty takes the start of the validation text
     C.system.length = 500 # characters of a sample
     C.system.temperature = 0.8 # of a sample; 0 is the likeliest character each time
 
     C.data = CfgNode()
-    C.data.path = None # a text file, or tinyshakespeare, text8, enwik8; None takes Python's help texts (pydoc_data.topics)
+    C.data.path = "" # a text file, or tinyshakespeare, text8, enwik8; empty takes Python's help texts (pydoc_data.topics)
     C.data.block_size = 64 # characters that the model sees at a time
 
-    C.model = GPT.get_default_config()
+    C.model = CharGPT.get_default_config()
+    del C.model.vocab_size, C.model.block_size # the text and data.block_size decide
     C.model.n_layer, C.model.n_head, C.model.n_embd = 4, 4, 128
     C.model.embd_pdrop = C.model.resid_pdrop = C.model.attn_pdrop = 0.0 # a small model does not learn its text by heart
 
     C.trainer = Trainer.get_default_config()
+    del C.trainer.work_dir # it is system.work_dir
     C.trainer.optimizer = "muon" # for the matrices of the blocks; 'adamw' for all
     C.trainer.max_iters = 2000
     C.trainer.batch_size = 12
@@ -72,37 +78,43 @@ DATASETS = { # name: address, sha1 of the text, its shares for training, validat
 def fetch(name: str) -> Path:
     """The text of a data set in the cache folder, downloaded, unpacked and checked the first time."""
     address, sha1, _ = DATASETS[name]
-    path = cache_dir() / name
-    if not path.exists():
-        archive = download(address, cache_dir() / f"{name}.download")
+    path = Path(os.environ.get("MINGPT_CACHE") or Path.home() / ".cache" / "mingpt") / name
+    if not path.is_file():
+        with requests.get(address, stream=True, timeout=30) as response:
+            response.raise_for_status()
+            size = int(response.headers.get("Content-Length", 0))
+            content = b"".join(progress(response.iter_content(1 << 20), f"downloading {name}", -(-size >> 20))) # MiB
         try:
-            with zipfile.ZipFile(archive).open(name) if address.endswith(".zip") else open(archive, "rb") as source, \
-                    replacing(path) as part, open(part, "wb") as out:
-                digest = hashlib.sha1()
-                while block := source.read(1 << 20):
-                    digest.update(block)
-                    out.write(block)
-                if digest.hexdigest() != sha1:
-                    raise ValueError(f"its text has the sha1 {digest.hexdigest()}, not {sha1}")
-        except (ValueError, KeyError, zipfile.BadZipFile) as error:
+            if address.endswith(".zip"):
+                content = zipfile.ZipFile(io.BytesIO(content)).read(name)
+        except (KeyError, zipfile.BadZipFile) as error:
             raise ValueError(f"{address} has the wrong contents: {error}. Nothing was kept; try again") from error
-        finally:
-            archive.unlink()
+        if (got := hashlib.sha1(content).hexdigest()) != sha1:
+            raise ValueError(f"{address} has the wrong contents: sha1 {got}, expected {sha1}. Nothing was kept; try again")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as part:
+            part.write_bytes(content)
     return path
 
-def read_blocks(name: str | None):
+def read_blocks(name: str) -> Iterator[str]:
     """The text piece by piece. enwik8 is bytes by convention: each is read as the character of its number."""
-    if name is None:
+    if not name:
         from pydoc_data.topics import topics
         yield "\n".join(topics[topic] for topic in sorted(topics))
-    elif name == "enwik8":
-        with open(fetch(name), "rb") as file:
+        return
+    path = fetch(name) if name in DATASETS else Path(name)
+    if not path.is_file():
+        hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, DATASETS, 1))
+        raise ValueError(f"there is no text file {name}{hint}")
+    # utf-8-sig leaves out the mark that some editors put first; line ends become \n
+    with open(path, encoding="latin-1" if name == "enwik8" else "utf-8-sig", newline="" if name == "enwik8" else None) as file:
+        try:
             while block := file.read(1 << 22):
-                yield block.decode("latin-1")
-    else:
-        yield from read_text(fetch(name) if name in DATASETS else name)
+                yield block
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}; convert the file first") from None
 
-def load_text(name: str | None) -> tuple[str, np.ndarray]:
+def load_text(name: str) -> tuple[str, np.ndarray]:
     """Reads a text once: its distinct characters in order, and for every position the index of its character there."""
     found, length = set(), 0
     for block in read_blocks(name):
@@ -119,40 +131,28 @@ def load_text(name: str | None) -> tuple[str, np.ndarray]:
         done += len(block)
     return chars, text
 
-class CharDataset(Dataset):
-    """Windows of block_size characters, each with the characters that follow them; they begin `stride` apart."""
+class CharGPT(MuonGPT):
+    """A GPT that knows its characters: they are part of its checkpoints, and a run with others cannot resume one."""
 
-    def __init__(self, text: np.ndarray, block_size: int, stride: int = 1):
-        if len(text) <= block_size:
-            raise ValueError(f"got a text of {len(text)} characters for a block_size of {block_size}; take a longer text (a tenth of "
-                             "it is for validation) or a smaller --data.block_size")
-        self.text, self.block_size, self.stride = text, block_size, stride
+    def __init__(self, config: CfgNode, chars: str):
+        super().__init__(config)
+        self.chars = chars
 
-    def __len__(self) -> int:
-        return math.ceil((len(self.text) - self.block_size - 1) / self.stride) + 1
+    def get_extra_state(self) -> str: # torch puts it into the state dict
+        return self.chars
 
-    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch: x (B, T) and y (B, T), one character later."""
-        starts = np.minimum(np.asarray(indices) * self.stride, len(self.text) - self.block_size - 1) # the last ends with the text
-        windows = torch.from_numpy(self.text[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)) # (B, T + 1)
-        return windows[:, :-1], windows[:, 1:]
+    def set_extra_state(self, chars: str) -> None:
+        self.chars = chars
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = self.__getitems__([index])
-        return x[0], y[0]
+    def encode(self, prompt: str) -> torch.Tensor:
+        """A prompt as tokens, (1, T); \\n in it is a newline. Raises ValueError for characters that the text lacks."""
+        prompt = prompt.replace("\\n", "\n")
+        if unknown := sorted(set(prompt) - set(self.chars)):
+            raise ValueError(f"the prompt has {', '.join(map(repr, unknown))}, which the model has never seen")
+        return torch.tensor([[self.chars.index(char) for char in prompt]])
 
-class CharGPT(GPT):
-    """A GPT whose matrices Muon may train."""
-
-    def configure_optimizers(self, train_config) -> torch.optim.AdamW | Optimizers:
-        """GPT's AdamW; with the optimizer 'muon' that one has only what has no weight decay, and Muon has the matrices."""
-        adamw = super().configure_optimizers(train_config)
-        if train_config.optimizer == "adamw":
-            return adamw
-        if train_config.optimizer != "muon":
-            raise ValueError(f"got --trainer.optimizer={train_config.optimizer}, expected muon or adamw")
-        matrices = adamw.param_groups.pop(0)["params"]
-        return Optimizers(adamw, Muon(matrices, train_config.learning_rate, train_config.weight_decay))
+    def decode(self, tokens: torch.Tensor) -> str:
+        return "".join(self.chars[i] for i in tokens)
 
 # -----------------------------------------------------------------------------
 
@@ -168,31 +168,29 @@ def train(config: CfgNode) -> None:
     chars, text = load_text(config.data.path)
     shares = DATASETS[config.data.path][2] if config.data.path in DATASETS else (0.9, 0.1)
     train_text, *held_out = np.split(text, [int(share * len(text)) for share in np.cumsum(shares[:-1])])
-    T = config.data.block_size
-    train_dataset, val_dataset = CharDataset(train_text, T), CharDataset(held_out[0], T, stride=T)
-    config.data.chars = chars # config.json keeps them for sampling
-    config.model.vocab_size, config.model.block_size = len(chars), T
+    T = config.model.block_size = config.data.block_size
+    config.model.vocab_size = len(chars)
     if config.trainer.lr_decay_iters is None:
         config.trainer.lr_decay_iters = config.trainer.max_iters
     config.trainer.work_dir = config.system.work_dir
-    prompt = config.system.prompt or "".join(chars[i] for i in val_dataset.text[:T // 4])
-    model = CharGPT(config.model)
+    model = CharGPT(config.model, chars)
     config.model = model.config
-    setup_logging(config)
-    trainer = Trainer(config.trainer, model, train_dataset, val_dataset)
-    prompt = encode_prompt(prompt, chars, trainer.device)
-    logger.info(f"{len(text):,} characters, {len(chars)} of them distinct; {len(train_text):,} to learn from, {len(held_out[0]):,} to validate")
+    prompt = model.encode(config.system.prompt or "".join(chars[i] for i in held_out[0][:max(1, T // 4)]))
+    trainer = Trainer(config.trainer, model, TokenDataset(train_text, T), TokenDataset(held_out[0], T, stride=T))
+    setup_logging(config) # only now: a refused resume changes no file
+    logger.info(f"{len(text):,} characters, {len(chars)} of them distinct; "
+                f"{len(train_text):,} to learn from, {len(held_out[0]):,} to validate")
 
     def show_sample(trainer: Trainer) -> None:
-        written = model.generate(prompt, config.system.length // 2, config.system.temperature, do_sample=True)[0]
-        logger.info("-" * 80 + "\n" + "".join(chars[i] for i in written) + "\n" + "-" * 80)
+        written = model.generate(prompt.to(trainer.device), config.system.length // 2, config.system.temperature, do_sample=True)
+        logger.info("-" * 80 + "\n" + model.decode(written[0]) + "\n" + "-" * 80)
 
     if not config.trainer.resume: # what it writes before it has learned anything
         trainer.add_callback("on_train_start", show_sample)
     trainer.add_callback("on_eval_end", show_sample)
     trainer.run()
     for name, part in zip(("validation", "test"), held_out):
-        loss = trainer.evaluate(CharDataset(part, T, stride=T))
+        loss = trainer.evaluate(TokenDataset(part, T, stride=T))
         logger.info(f"{name} loss over all {len(part):,} characters: {loss:.4f} nats, {loss / math.log(2):.4f} bits per character")
     logger.info(f"the model is in {config.system.work_dir}")
 
@@ -200,24 +198,31 @@ def sample(config: CfgNode) -> None:
     folder = Path(config.system.work_dir)
     if not (folder / "checkpoint.pt").is_file():
         raise ValueError(f"there is no model in {folder}; train one first, or name its folder with --system.work_dir")
+    logging.getLogger("mingpt").setLevel(logging.WARNING) # the text alone is wanted
+    state = read_checkpoint(folder / "checkpoint.pt")["model"]
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    chars = saved["data"]["chars"]
-    model = GPT(CfgNode(**saved["model"]))
-    model.load_state_dict(torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)["model"])
-    prompt = config.system.prompt or "\n" * ("\n" in chars) or chars[0]
-    print(prompt, end="")
-    for token in model.stream(encode_prompt(prompt, chars, "cpu"), config.system.length, config.system.temperature, do_sample=True):
-        print(chars[token.item()], end="", flush=True)
+    model = CharGPT(CfgNode(**saved["model"]), state["_extra_state"])
+    model.load_state_dict(state)
+    prompt = model.encode(config.system.prompt or "\n" * ("\n" in model.chars) or model.chars[0])
+    print(model.decode(prompt[0]), end="")
+    for token in model.stream(prompt, config.system.length, config.system.temperature, do_sample=True):
+        print(model.decode(token), end="", flush=True)
     print()
 
 def main(args: list[str]) -> None:
     config = get_config()
     config.merge_from_args(args)
-    set_seed(config.system.seed)
+    if config.model.model_type in SIZES: # a preset replaces the sizes above; those of the command line may contradict it
+        config.model.n_layer = config.model.n_head = config.model.n_embd = None
+        config.merge_from_args(args)
     modes = {"train": train, "sample": sample}
-    if config.system.mode not in modes:
-        raise ValueError(f"got --system.mode={config.system.mode}, expected {' or '.join(modes)}")
+    check_config(config.system, (
+        ("mode", lambda v: v in modes, "train or sample"),
+        ("length", lambda v: v >= 0, "0 or more"),
+        ("temperature", lambda v: 0 <= v < math.inf, "0 (the likeliest character) or more"),
+    ))
+    set_seed(config.system.seed)
     modes[config.system.mode](config)
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

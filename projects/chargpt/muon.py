@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from mingpt.model import GPT
+
 def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """U S Vᵀ -> about U Vᵀ, for a matrix (m, n): the Newton-Schulz iteration, which needs products alone.
 
@@ -72,3 +74,16 @@ class Optimizers:
     def load_state_dict(self, states: list[dict]) -> None:
         for part, state in zip(self.parts, states):
             part.load_state_dict(state)
+
+class MuonGPT(GPT):
+    """A GPT whose matrices Muon may train."""
+
+    def configure_optimizers(self, train_config) -> torch.optim.AdamW | Optimizers:
+        """GPT's AdamW; with train_config.optimizer = 'muon' that one has what has no weight decay, Muon the matrices."""
+        adamw = super().configure_optimizers(train_config)
+        if train_config.optimizer == "adamw":
+            return adamw
+        if train_config.optimizer != "muon":
+            raise ValueError(f"got optimizer={train_config.optimizer}, expected muon or adamw")
+        matrices = adamw.param_groups.pop(0)["params"]
+        return Optimizers(adamw, Muon(matrices, train_config.learning_rate, train_config.weight_decay))
