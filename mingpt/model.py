@@ -224,14 +224,27 @@ class GPT(nn.Module):
         stop_token repeats it from there, and all end once every row has. The model sees the last block_size tokens, in
         eval mode. Raises ValueError for an empty prompt or a setting out of range.
         """
-        tokens = self.stream(idx, max_new_tokens, temperature, do_sample, top_k, top_p, stop_token, use_cache)
-        with eval_mode(self): # once for all tokens
-            return torch.cat([idx] + [token[:, None] for token in tokens], dim=1) # (B,) each -> (B, T + new)
+        tokens = self._tokens(idx, max_new_tokens, temperature, do_sample, top_k, top_p, stop_token, use_cache)
+        with torch.inference_mode(), eval_mode(self): # once for all tokens
+            new = list(tokens)
+        return torch.cat([idx] + [token[:, None] for token in new], dim=1) # (B,) each -> (B, T + new)
 
     def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, do_sample: bool = False,
                top_k: int | None = None, top_p: float | None = None, stop_token: int | None = None,
                use_cache: bool = True) -> Iterator[torch.Tensor]:
         """What generate adds to the prompt, token by token as they come: yields (B,), at most max_new_tokens times."""
+        tokens = self._tokens(idx, max_new_tokens, temperature, do_sample, top_k, top_p, stop_token, use_cache)
+
+        def one_by_one() -> Iterator[torch.Tensor]:
+            while True:
+                with torch.no_grad(), eval_mode(self): # both end before the token is handed out
+                    token = next(tokens, None)
+                if token is None:
+                    return
+                yield token
+        return one_by_one()
+
+    def _tokens(self, idx, max_new_tokens, temperature, do_sample, top_k, top_p, stop_token, use_cache):
         if idx.dim() != 2 or idx.size(1) == 0:
             raise ValueError(f"got a prompt of shape {tuple(idx.shape)}, expected (B, T) with at least one token per row")
         check_config(CfgNode(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p), (
@@ -251,13 +264,12 @@ class GPT(nn.Module):
                     cache = None # from here on the window slides, so every token changes its position
                 if cache is None:
                     unread = torch.cat(text, dim=1)[:, -self.block_size:] # (B, block_size) at most
-                with torch.no_grad(), eval_mode(self): # both end before the token is handed out
-                    logits = self.lm_head(self._features(unread, cache)[:, -1]) # of the last token alone, (B, V)
-                    probs = logits if greedy else logits_to_probs(logits, temperature, top_k, top_p)
-                    token = probs.argmax(-1) if greedy else torch.multinomial(probs, 1)[:, 0] # (B,)
-                    if stop_token is not None:
-                        token = torch.where(stopped, stop_token, token)
-                        stopped |= token == stop_token
+                logits = self.lm_head(self._features(unread, cache)[:, -1]) # of the last token alone, (B, V)
+                probs = logits if greedy else logits_to_probs(logits, temperature, top_k, top_p)
+                token = probs.argmax(-1) if greedy else torch.multinomial(probs, 1)[:, 0] # (B,)
+                if stop_token is not None:
+                    token = torch.where(stopped, stop_token, token)
+                    stopped |= token == stop_token
                 yield token
                 if stop_token is not None and stopped.all():
                     break

@@ -22,7 +22,6 @@ import signal
 import threading
 import time
 import zipfile
-from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -36,17 +35,16 @@ from mingpt.utils import FIRST, CfgNode, check_config, eval_mode, progress, repl
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 RULES = ( # fields of the configuration, a test of their values, what is expected
     ("batch_size grad_accum_steps", lambda v: v >= 1 and v == int(v), "a whole number from 1 on"),
     ("max_iters eval_batches", lambda v: v is None or v >= 1 and v == int(v), "a whole number from 1 on, or None"),
-    ("num_workers warmup_iters log_interval eval_interval checkpoint_interval",
-     lambda v: v >= 0 and v == int(v), "a whole number, 0 or more"),
+    ("num_workers", lambda v: 0 <= v <= 256 and v == int(v), "a whole number from 0 to 256"),
+    ("warmup_iters log_interval eval_interval checkpoint_interval", lambda v: v >= 0 and v == int(v),
+     "a whole number, 0 or more"),
     ("lr_decay_iters seed", lambda v: v is None or v >= 0 and v == int(v), "a whole number, 0 or more, or None"),
     ("learning_rate min_lr weight_decay grad_norm_clip", lambda v: 0 <= v < math.inf, "0 or more"),
     ("betas", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v), "two numbers from 0 to below 1"),
-    ("dtype", lambda v: v in DTYPES, f"one of {', '.join(DTYPES)}"),
+    ("dtype", lambda v: v in ("auto", "float32", "bfloat16", "float16"), "auto, float32, bfloat16 or float16"),
     ("schedule", lambda v: v in ("cosine", "linear"), "cosine or linear"),
 )
 
@@ -90,11 +88,11 @@ class Trainer:
     def __init__(self, config: CfgNode, model: torch.nn.Module, train_dataset, val_dataset=None):
         """Moves the model to its device and, with config.resume, loads the checkpoint. ValueError for bad settings."""
         for name, value in vars(self.get_default_config()).items():
-            if not hasattr(config, name): # made by hand, or for minGPT
-                setattr(config, name, value)
+            vars(config).setdefault(name, value) # a configuration made by hand may lack some
+        check_config(config, RULES)
         self.config, self.model = config, model
         self.train_dataset, self.val_dataset = train_dataset, val_dataset
-        self.callbacks: dict[str, list[Callable]] = defaultdict(list)
+        self.callbacks: dict[str, list[Callable]] = {event: [] for event in self.events}
         self._find_place()
         self.model.to(self.device)
         self.optimizer = getattr(model, "configure_optimizers", self._configure_adamw)(config)
@@ -116,23 +114,20 @@ class Trainer:
         if config.resume:
             self.load_checkpoint(self._path("checkpoint.pt"))
 
-    def _configure_adamw(self, config: CfgNode) -> torch.optim.AdamW:
+    def _configure_adamw(self, config: CfgNode) -> torch.optim.AdamW: # for models that choose no optimizer
         return torch.optim.AdamW(self.model.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay)
 
     def _find_place(self) -> None:
         """Settles the device, the precision and the part of the batch that this process takes."""
         config = self.config
-        check_config(config, RULES)
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        device = config.device
-        if device == "auto":
-            device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        if self.world_size > 1 and device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        self.device = config.device
+        if config.device == "auto":
+            self.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         try:
-            self.device, self.device_type = device, torch.empty(0, device=device).device.type
+            self.device_type = torch.empty(0, device=self.device).device.type
         except (RuntimeError, AssertionError):
-            raise ValueError(f"got device={device!r}, which this machine does not have; 'auto' takes what is there") from None
+            raise ValueError(f"got device={self.device!r}, which is not here; 'auto' takes what there is") from None
         has_bfloat16 = self.device_type == "cuda" and torch.cuda.is_bf16_supported()
         self.dtype = getattr(torch, config.dtype.replace("auto", "bfloat16" if has_bfloat16 else "float32"))
         if config.batch_size % (parts := self.world_size * config.grad_accum_steps):
@@ -144,18 +139,17 @@ class Trainer:
             raise ValueError("resume and keep_best need a work_dir")
         if self.world_size > 1:
             if self.device_type == "cuda":
-                torch.cuda.set_device(self.device)
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             if not dist.is_initialized():
-                dist.init_process_group("nccl" if self.device_type == "cuda" else "gloo")
+                dist.init_process_group() # gloo between processors, nccl between GPUs
                 atexit.register(dist.destroy_process_group)
-            self.host_group = dist.new_group(backend="gloo") # for messages between processes that need no GPU
         logger.info(f"running on {self.device} in {str(self.dtype).removeprefix('torch.')}")
 
     def _sum(self, number: float) -> float: # over all processes
         if self.world_size == 1:
             return number
         total = torch.tensor(number, dtype=torch.float64)
-        dist.all_reduce(total, group=self.host_group)
+        dist.all_reduce(total)
         return total.item()
 
     def add_callback(self, onevent: str, callback: Callable) -> None:
@@ -251,7 +245,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _compute(self, network: Callable, x: torch.Tensor, y: torch.Tensor) -> tuple:
-        x, y = (part.to(self.device, non_blocking=True) for part in (x, y))
+        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
         with contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device_type, self.dtype):
             return network(x, y)
 
@@ -282,12 +276,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, dataset, max_batches: int | None = None) -> float:
-        """The mean loss over a dataset, or over max_batches batches spread evenly through it.
-
-        All processes must call it; each takes a share.
-        """
-        size = len(dataset)
-        if size == 0:
+        """The mean loss over a dataset, or over max_batches batches spread evenly through it. All processes must call it."""
+        if (size := len(dataset)) == 0:
             raise ValueError("there is no example to evaluate")
         count = size if max_batches is None else min(size, max_batches * self.config.batch_size)
         chosen = np.linspace(0, size - 1, count).astype(int)[self.rank::self.world_size] # all, if count is size
@@ -340,19 +330,15 @@ class Trainer:
         """Adds a row to metrics.jsonl in work_dir, if there is one; callbacks may add their own."""
         if self.config.work_dir and FIRST:
             self._path("").mkdir(parents=True, exist_ok=True)
-            line = json.dumps({"iteration": self.iter_num + self._in_step, **row}) + "\n"
-            with open(self._path("metrics.jsonl"), "ab", buffering=0) as file:
-                file.write(line.encode("utf-8")) # in one system call, so that a crash leaves all of it or nothing
+            with open(self._path("metrics.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps({"iteration": self.iter_num + self._in_step, **row}) + "\n")
 
     def save_checkpoint(self, path: str | Path) -> None:
-        """Writes all that the run needs to go on to one file, which replaces an older one only when it is whole.
-
-        All processes must call it; the first writes.
-        """
+        """Writes all that the run needs to go on to one file; the first process writes, but all must call it."""
         states = [self._random_state()]
         if self.world_size > 1:
             states *= self.world_size
-            dist.all_gather_object(states, self._random_state(), group=self.host_group)
+            dist.all_gather_object(states, self._random_state())
         if FIRST:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             checkpoint = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
@@ -369,7 +355,7 @@ class Trainer:
     def load_checkpoint(self, path: str | Path) -> None:
         """Goes back to where save_checkpoint was called; run() continues from there, with the settings of now.
 
-        Raises ValueError, with nothing changed, for a checkpoint of another model or optimizer.
+        ValueError, with nothing changed, for a checkpoint of another model or optimizer.
         """
         checkpoint, now = read_checkpoint(path), self._settings()
         then, done = checkpoint["config"], checkpoint["iter_num"]

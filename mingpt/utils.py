@@ -157,8 +157,9 @@ def eval_mode(model: torch.nn.Module):
     """Puts a model into eval mode for a block, then puts each module back into the mode it was in."""
     with _switching:
         training = [module for module in model.modules() if module.training]
-        model.eval()
         try:
+            for module in training:
+                module.training = False
             yield
         finally:
             for module in training:

@@ -149,7 +149,7 @@ with torch.no_grad():
             (dict(resume=True, work_dir="/nonexistent/run"), "no checkpoint at /nonexistent/run"),
             *((dict({field: value}), f"got {field}=") for field, values in {
                 "grad_accum_steps": (0, -1, 1.5, "x"), "batch_size": (-8,), "max_iters": (0, -3), "eval_batches": (0,), "log_interval": (-1,),
-                "eval_interval": (-1, None), "checkpoint_interval": (-1,), "num_workers": (-1,), "warmup_iters": (-1,), "grad_norm_clip": (-1.0,),
+                "eval_interval": (-1, None), "checkpoint_interval": (-1,), "num_workers": (-1, 10 ** 9), "warmup_iters": (-1,), "grad_norm_clip": (-1.0,),
                 "weight_decay": (-0.1, math.nan), "learning_rate": (-1e-3, math.inf, "fast"), "min_lr": (-1.0,), "seed": (-1,),
                 "betas": (0.9, (0.9,), (0.9, 1.0), (-0.1, 0.9), ("a", "b"), None), "device": ("cuda:99", "gpu", "")}.items() for value in values),
         ):
@@ -543,7 +543,9 @@ class Checkpoints(Folder):
 class Interruptions(Folder):
     def start(self, *args, **options):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-        return subprocess.Popen([sys.executable, str(SCRIPT), *args], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+        process = subprocess.Popen([sys.executable, str(SCRIPT), *args], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+        self.addCleanup(process.kill) # if the test fails before it has ended
+        return process
 
     def await_line(self, process, start):
         while not (line := process.stdout.readline()).startswith(start):
