@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mingpt.pretrained import load_pretrained, save_pretrained
 from mingpt.utils import CfgNode, check_config, eval_mode
 
 logger = logging.getLogger(__name__)
@@ -34,13 +35,13 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd) # query, key and value of all heads in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
+    def forward(self, x: Tensor, cache: "KVCache | None" = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head) # (B, T, 3C) -> (B, T, 3, nh, hs)
         qkv = qkv.permute(2, 0, 3, 1, 4) # (3, B, nh, T, hs)
         q, k, v = qkv.unbind() # (B, nh, T, hs) each
-        past = 0 if cache is None else cache.length
-        if cache is not None:
+        past = cache.length if cache else 0
+        if cache:
             k, v = cache.append(self, qkv[1:]) # (B, nh, past + T, hs)
         mask = None # query i is token number past + i: it looks at that one and those before it
         if past > 0 and T > 1:
@@ -59,7 +60,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.gelu_approximate, self.resid_pdrop = config.gelu_approximate, config.resid_pdrop
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.c_fc(x), approximate=self.gelu_approximate) # (B, T, C) -> (B, T, 4C)
         return F.dropout(self.c_proj(x), self.resid_pdrop, self.training) # -> (B, T, C)
 
@@ -73,22 +74,19 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cache: "KVCache | None" = None) -> torch.Tensor:
+    def forward(self, x: Tensor, cache: "KVCache | None" = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 class KVCache:
-    """The keys and values of the tokens that a model has read, so that it need not compute them again.
-
-    cache = KVCache(model.block_size); model(idx, cache=cache) appends to it. The next idx holds the tokens that follow.
-    """
+    """Keys and values of the tokens read so far, so that they need not be computed again: model(idx, cache=cache) adds to them."""
 
     def __init__(self, max_length: int):
         self.max_length = max_length # it has room for this many tokens
         self.length = 0 # and holds this many
-        self.kv: dict[nn.Module, torch.Tensor] = {} # for each attention (2, B, nh, max_length, hs)
+        self.kv: dict[nn.Module, Tensor] = {} # for each attention (2, B, nh, max_length, hs)
 
-    def append(self, layer: nn.Module, kv: torch.Tensor) -> torch.Tensor:
+    def append(self, layer: nn.Module, kv: Tensor) -> Tensor:
         """Adds keys and values of a layer, (2, B, nh, T, hs); returns all that it has, (2, B, nh, length + T, hs)."""
         two, B, nh, T, hs = kv.shape
         if layer not in self.kv:
@@ -103,9 +101,7 @@ SIZES = { # model_type: n_layer, n_head, n_embd
     "gpt2-large":  (36, 20, 1280), # 774M
     "gpt2-xl":     (48, 25, 1600), # 1558M
     "gopher-44m":  (8, 16, 512),   # the smallest of the Gopher paper, table 1
-    "gpt-mini":    (6, 6, 192),
-    "gpt-micro":   (4, 4, 128),
-    "gpt-nano":    (3, 3, 48),
+    "gpt-mini": (6, 6, 192), "gpt-micro": (4, 4, 128), "gpt-nano": (3, 3, 48),
 }
 
 RULES = ( # fields of a complete configuration, a test of their values, what is expected
@@ -117,8 +113,6 @@ RULES = ( # fields of a complete configuration, a test of their values, what is 
 
 class GPT(nn.Module):
     """A GPT language model."""
-
-    transformer: Any # so that type checkers accept what is in it
 
     @staticmethod
     def get_default_config() -> CfgNode:
@@ -141,7 +135,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config = resolve_config(config)
         self.block_size = config.block_size
-        self.transformer = nn.ModuleDict(dict(
+        self.transformer: Any = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd), # what a token is
             wpe=nn.Embedding(config.block_size, config.n_embd), # where it stands
             drop=nn.Dropout(config.embd_pdrop),
@@ -164,50 +158,40 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
-                cache: KVCache | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scores every next token: idx (B, T) -> logits (B, T, V), and, given targets (B, T), their mean cross-entropy in nats.
+    def forward(self, idx: Tensor, targets: Tensor | None = None,
+                cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+        """Scores every next token: idx (B, T) -> logits (B, T, V), and the mean cross-entropy with targets (B, T) in nats.
 
         Targets of -1 are not counted. With a cache, idx follows the tokens that are in it. Raises ValueError for more than
         block_size tokens or, on a CPU, unknown ones.
         """
-        logits = self.lm_head(self._features(idx, cache)) # (B, T, C) -> (B, T, V)
-        if targets is None:
-            return logits, None
-        exact = logits.to(torch.promote_types(logits.dtype, torch.float32)) # a sum in half precision would be rounded
-        try: # (B, T, V), (B, T) -> (B * T, V), (B * T)
-            total = F.cross_entropy(exact.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum")
+        try:
+            logits = self.lm_head(self._features(idx, cache)) # (B, T, C) -> (B, T, V)
+            if targets is None:
+                return logits, None
+            exact = logits.to(torch.promote_types(logits.dtype, torch.float32)) # half precision would round the sum
+            total = F.cross_entropy(exact.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum") # (B*T, V), (B*T)
         except IndexError:
-            raise self._unknown_tokens(targets) from None
+            raise ValueError(f"got unknown tokens: the vocabulary goes from 0 to {self.config.vocab_size - 1}") from None
         return logits, total / (targets != -1).sum().clamp(min=1) # 0 if nothing is to be predicted
 
-    def _features(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+    def _features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """All of the model but its last layer: (B, T) tokens -> (B, T, C)."""
-        past = 0 if cache is None else cache.length
+        past = cache.length if cache else 0
         end = past + idx.size(1)
         if end > self.block_size:
             raise ValueError(f"got a sequence of {end} tokens, but block_size is {self.block_size}; shorten it")
-        try:
-            tok_emb = self.transformer.wte(idx) # (B, T) -> (B, T, C)
-        except IndexError:
-            raise self._unknown_tokens(idx) from None
+        tok_emb = self.transformer.wte(idx) # (B, T) -> (B, T, C)
         pos_emb = self.transformer.wpe(torch.arange(past, end, device=idx.device)) # (T, C)
         x = self.transformer.drop(tok_emb + pos_emb)
         for block in self.transformer.h:
             x = block(x, cache)
-        if cache is not None:
+        if cache:
             cache.length = end
         return self.transformer.ln_f(x)
 
-    def _unknown_tokens(self, idx: torch.Tensor) -> ValueError:
-        return ValueError(f"got tokens from {idx.min()} to {idx.max()}, but the vocabulary goes from 0 to "
-                          f"{self.config.vocab_size - 1}; is this the right encoder for the model?")
-
     def configure_optimizers(self, train_config: CfgNode) -> torch.optim.AdamW:
-        """AdamW with weight decay on the matrices of Linear layers, none on biases, LayerNorm and embeddings (a tied head too).
-
-        Reads learning_rate, betas and weight_decay.
-        """
+        """AdamW with weight decay on the matrices of Linear layers, unless one is the embedding, too."""
         matrices = {m.weight: None for m in self.modules() if isinstance(m, nn.Linear)} # in order, as no set has it
         matrices.pop(self.transformer.wte.weight, None)
         others = [p for p in self.parameters() if p not in matrices]
@@ -215,10 +199,10 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=train_config.learning_rate, betas=train_config.betas,
                                  weight_decay=train_config.weight_decay, fused=True)
 
-    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, do_sample: bool = False,
+    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, do_sample: bool = False,
                  top_k: int | None = None, top_p: float | None = None, stop_token: int | None = None,
-                 use_cache: bool = True) -> torch.Tensor:
-        """Continues a prompt: idx (B, T) -> (B, T + max_new_tokens), the likeliest tokens, or drawn ones if do_sample.
+                 use_cache: bool = True) -> Tensor:
+        """Continues a prompt: idx (B, T) -> (B, T + max_new_tokens), by the likeliest tokens, or drawn ones if do_sample.
 
         temperature, top_k and top_p shape the draw (see logits_to_probs); temperature 0 is greedy. A row that came to
         stop_token repeats it from there, and all end once every row has. The model sees the last block_size tokens, in
@@ -229,24 +213,26 @@ class GPT(nn.Module):
             new = list(tokens)
         return torch.cat([idx] + [token[:, None] for token in new], dim=1) # (B,) each -> (B, T + new)
 
-    def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, do_sample: bool = False,
+    def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, do_sample: bool = False,
                top_k: int | None = None, top_p: float | None = None, stop_token: int | None = None,
-               use_cache: bool = True) -> Iterator[torch.Tensor]:
+               use_cache: bool = True) -> Iterator[Tensor]:
         """What generate adds to the prompt, token by token as they come: yields (B,), at most max_new_tokens times."""
         tokens = self._tokens(idx, max_new_tokens, temperature, do_sample, top_k, top_p, stop_token, use_cache)
 
-        def one_by_one() -> Iterator[torch.Tensor]:
-            while True:
+        def one_by_one() -> Iterator[Tensor]:
+            for _ in range(max_new_tokens):
                 with torch.no_grad(), eval_mode(self): # both end before the token is handed out
                     token = next(tokens, None)
-                if token is None:
-                    return
-                yield token
+                if token is not None: # not all rows have come to stop_token
+                    yield token
         return one_by_one()
 
     def _tokens(self, idx, max_new_tokens, temperature, do_sample, top_k, top_p, stop_token, use_cache):
         if idx.dim() != 2 or idx.size(1) == 0:
-            raise ValueError(f"got a prompt of shape {tuple(idx.shape)}, expected (B, T) with at least one token per row")
+            raise ValueError(f"got a prompt of shape {tuple(idx.shape)}, expected (B, T) with one token or more in a row")
+        if idx.numel() and not 0 <= idx.min() <= idx.max() < self.config.vocab_size:
+            raise ValueError(f"got tokens from {idx.min()} to {idx.max()}, but the vocabulary goes from 0 to "
+                             f"{self.config.vocab_size - 1}; is this the right encoder for the model?")
         check_config(CfgNode(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p), (
             ("max_new_tokens", lambda v: v >= 0, "0 or more"),
             ("temperature", lambda v: 0 <= v < math.inf, "0 (greedy) or more"),
@@ -255,14 +241,14 @@ class GPT(nn.Module):
         ))
         greedy = not do_sample or temperature < 1e-30 # dividing by so little would overflow
 
-        def tokens() -> Iterator[torch.Tensor]:
+        def tokens() -> Iterator[Tensor]:
             cache = KVCache(min(idx.size(1) + max_new_tokens, self.block_size)) if use_cache else None
             stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device) # (B,)
             text, unread = [idx], idx # pieces (B, T), (B, 1), (B, 1), ...; and what of them the cache lacks
             for _ in range(max_new_tokens):
-                if cache is not None and cache.length + unread.size(1) > self.block_size:
+                if cache and cache.length + unread.size(1) > self.block_size:
                     cache = None # from here on the window slides, so every token changes its position
-                if cache is None:
+                if not cache:
                     unread = torch.cat(text, dim=1)[:, -self.block_size:] # (B, block_size) at most
                 logits = self.lm_head(self._features(unread, cache)[:, -1]) # of the last token alone, (B, V)
                 probs = logits if greedy else logits_to_probs(logits, temperature, top_k, top_p)
@@ -279,13 +265,11 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str) -> "GPT":
-        """Loads a model of the GPT-2 type, in eval mode: 'gpt2', an 'owner/name' on the Hugging Face hub, or a folder."""
-        from mingpt.pretrained import load_pretrained
+        """Loads a model of the GPT-2 type, in eval mode: 'gpt2', 'owner/name' on the Hugging Face hub, or a folder."""
         return load_pretrained(cls, name)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a folder that from_pretrained and GPT2LMHeadModel of transformers load."""
-        from mingpt.pretrained import save_pretrained
         save_pretrained(self, folder)
 
 def resolve_config(config: CfgNode) -> CfgNode:
@@ -313,12 +297,12 @@ def _adapt_state_dict(model: GPT, state: dict, prefix: str, *args) -> None:
     if model.config.tie_weights and wte in state and not torch.equal(state.setdefault(head, state[wte]), state[wte]):
         raise ValueError("these weights have an output layer of their own; set config.tie_weights = False for the model")
 
-def logits_to_probs(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None,
-                    top_p: float | None = None) -> torch.Tensor:
+def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
+                    top_p: float | None = None) -> Tensor:
     """The distribution to draw the next token from: (B, V) logits -> (B, V) probabilities.
 
-    A temperature above 1 flattens it, one below sharpens it. top_k leaves the k likeliest tokens; top_p then leaves the
-    fewest that have this much probability together (nucleus sampling, Holtzman et al. 2019, section 3.1).
+    A temperature above 1 flattens it, one below sharpens it. top_k leaves the k likeliest tokens; top_p then the fewest
+    that have this much probability together (nucleus sampling, Holtzman et al. 2019, section 3.1).
     """
     logits = logits.float() / temperature
     if top_k is not None:

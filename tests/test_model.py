@@ -113,7 +113,7 @@ class Forward(unittest.TestCase):
         self.assertTrue(all(p.grad is None or not p.grad.any() for p in self.model.parameters()))
         for token in (-2, 11):
             targets[1, 3] = token
-            with self.assertRaisesRegex(ValueError, f"{token}.*vocabulary goes from 0 to 10"):
+            with self.assertRaisesRegex(ValueError, "vocabulary goes from 0 to 10"):
                 self.model(idx, targets)
 
     def test_half_precision_models_compute_their_loss_in_float32(self):
@@ -355,7 +355,7 @@ class Generate(unittest.TestCase):
     def test_bad_settings(self):
         idx = torch.zeros(1, 2, dtype=torch.long)
         for prompt, options, message in (
-            (idx[:, :0], {}, "at least one token"), (idx[0], {}, "shape"), (idx, dict(temperature=-1.0), "temperature=-1"),
+            (idx[:, :0], {}, "one token or more"), (idx[0], {}, "shape"), (idx, dict(temperature=-1.0), "temperature=-1"),
             (idx, dict(temperature=math.nan), "temperature=nan"), (idx, dict(temperature=math.inf), "temperature=inf"), (idx, dict(top_k=0), "top_k=0"), (idx, dict(top_p=0.0), "top_p=0"),
             (idx, dict(top_p=1.5), "top_p=1.5"), (idx, dict(max_new_tokens=-1), "max_new_tokens=-1"),
         ):
