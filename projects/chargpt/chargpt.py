@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +24,13 @@ import numpy as np
 import requests
 import torch
 
-from muon import MuonGPT
 from mingpt.data import TokenDataset
 from mingpt.model import SIZES
 from mingpt.trainer import Trainer, read_checkpoint
 from mingpt.utils import CfgNode, check_config, progress, replacing, run_script, set_seed, setup_logging
+
+sys.path.append(str(Path(__file__).resolve().parents[1])) # where projects keep what they share
+from muon import MuonGPT
 
 logger = logging.getLogger("mingpt.chargpt")
 

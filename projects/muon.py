@@ -1,5 +1,7 @@
 """
-Muon, an optimizer for matrices: each step changes all directions of a matrix alike.
+Muon, an optimizer for matrices: each step changes all directions of a matrix alike. Several projects train with it.
+
+    python projects/chargpt/chargpt.py --trainer.optimizer=muon
 
 A gradient of a weight matrix is mostly a sum of few directions. Plain descent, and AdamW too, moves along these and hardly
 along the others. Muon sets all singular values of the step to about 1: of U S Vᵀ it takes U Vᵀ, the nearest orthogonal matrix.
@@ -85,5 +87,5 @@ class MuonGPT(GPT):
             return adamw
         if train_config.optimizer != "muon":
             raise ValueError(f"got optimizer={train_config.optimizer}, expected muon or adamw")
-        matrices = adamw.param_groups.pop(0)["params"]
+        matrices = [p for p in adamw.param_groups.pop(0)["params"] if p.requires_grad]
         return Optimizers(adamw, Muon(matrices, train_config.learning_rate, train_config.weight_decay))
