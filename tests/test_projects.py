@@ -17,7 +17,7 @@ from common import ROOT, Folder, Server, run_python, tiny_config
 
 ADDER, CHARGPT = ROOT / "projects" / "adder" / "adder.py", ROOT / "projects" / "chargpt" / "chargpt.py"
 
-sys.path[:0] = [str(ADDER.parent), str(CHARGPT.parent)]
+sys.path[:0] = [str(ADDER.parent), str(CHARGPT.parent), str(ROOT / "projects")]
 import adder
 import chargpt
 import muon
