@@ -79,7 +79,7 @@ class Trainer:
         C.log_interval = 100 # steps between log lines; 0 turns them off
         C.eval_interval = 0 # steps between evaluations on the validation dataset; 0 turns them off
         C.eval_batches = None # batches per evaluation; None takes the whole dataset
-        C.work_dir = None # folder for metrics.jsonl and checkpoints; None writes nothing
+        C.work_dir = "" # folder for metrics.jsonl and checkpoints; empty writes nothing
         C.checkpoint_interval = 0 # steps between checkpoints; 0 saves one at the end only
         C.keep_best = False # also keep best.pt, the checkpoint of the lowest validation loss
         C.resume = False # continue from the checkpoint in work_dir
