@@ -237,7 +237,8 @@ class Trainer:
                 _, loss = self._compute(self._network, x, y)
                 loss = loss * (self.world_size * count / total) # its share of the mean over all targets of the step
                 self.scaler.scale(loss).backward()
-            self.loss = self.loss + loss.detach()
+            if count: # a module may call the mean of nothing NaN
+                self.loss = self.loss + loss.detach()
         self.scaler.unscale_(self.optimizer)
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_norm_clip or math.inf)
         self.scaler.step(self.optimizer)
