@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import random
 import signal
 import threading
@@ -444,6 +445,8 @@ def read_checkpoint(path: str | Path) -> dict:
             if damaged := archive.testzip(): # compares checksums, which torch.load does not
                 raise ValueError(f"its part {damaged} has changed")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError: # torch's text advises to load the file without its guard
+        raise ValueError(f"{path} is no checkpoint: it holds more than tensors and plain values") from None
     except Exception as error: # each library has errors of its own for a broken file
         raise ValueError(f"{path} is damaged or no checkpoint: {error}") from None
     if not isinstance(checkpoint, dict) or "groups" not in checkpoint:
