@@ -467,5 +467,5 @@ def _is_row(line: bytes, iter_num: int) -> bool:
     """Whether a line of metrics.jsonl is whole, and of the first iter_num steps."""
     try:
         return line.endswith(b"\n") and json.loads(line)["iteration"] <= iter_num
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return False
