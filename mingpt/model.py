@@ -13,6 +13,7 @@ The network is GPT-2's: Radford et al. 2019, "Language Models are Unsupervised M
 
 import logging
 import math
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -234,9 +235,9 @@ class GPT(nn.Module):
             raise ValueError(f"got tokens from {idx.min()} to {idx.max()}, but the vocabulary goes from 0 to "
                              f"{self.config.vocab_size - 1}; is this the right encoder for the model?")
         check_config(CfgNode(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p), (
-            ("max_new_tokens", lambda v: v >= 0, "0 or more"),
+            ("max_new_tokens", lambda v: operator.index(v) >= 0, "a whole number, 0 or more"),
             ("temperature", lambda v: 0 <= v < math.inf, "0 (greedy) or more"),
-            ("top_k", lambda v: v is None or v >= 1, "at least 1, or None for all tokens"),
+            ("top_k", lambda v: v is None or operator.index(v) >= 1, "a whole number from 1 on, or None for all tokens"),
             ("top_p", lambda v: v is None or 0 < v <= 1, "a share above 0 and up to 1, or None for all tokens"),
         ))
         greedy = not do_sample or temperature < 1e-30 # dividing by so little would overflow
