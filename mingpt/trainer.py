@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from mingpt.utils import FIRST, CfgNode, check_config, eval_mode, progress, replacing
+from mingpt.utils import FIRST, CfgNode, check_config, eval_mode, naming, progress, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -332,8 +332,10 @@ class Trainer:
         """Adds a row to metrics.jsonl in work_dir, if there is one; callbacks may add their own."""
         if self.config.work_dir and FIRST:
             self._path("").mkdir(parents=True, exist_ok=True)
-            with open(self._path("metrics.jsonl"), "a", encoding="utf-8") as file:
-                file.write(json.dumps({"iteration": self.iter_num + self._in_step, **row}) + "\n")
+            path = self._path("metrics.jsonl")
+            with naming(path), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"iteration": self.iter_num + self._in_step, **row}) + "
+")
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Writes all that the run needs to go on to one file; the first process writes, but all must call it."""

@@ -135,7 +135,8 @@ def setup_logging(config: CfgNode) -> None:
     if FIRST:
         work_dir = Path(config.system.work_dir)
         work_dir.mkdir(parents=True, exist_ok=True)
-        with open(work_dir / "args.txt", "a", encoding="utf-8") as file: # a line for each time that the run is resumed
+        args_path = work_dir / "args.txt" # has a line for each time that the run is resumed
+        with naming(args_path), open(args_path, "a", encoding="utf-8") as file:
             file.write(shlex.join(sys.argv) + "\n")
         with replacing(work_dir / "config.json") as part:
             part.write_text(json.dumps(config.to_dict(), indent=4, default=str) + "\n", encoding="utf-8")
@@ -166,6 +167,15 @@ def eval_mode(model: torch.nn.Module):
                 module.training = True
 
 @contextlib.contextmanager
+def naming(path: str | Path):
+    """Names the file in an error of the block that names none, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+@contextlib.contextmanager
 def replacing(path: str | Path):
     """Yields a path beside `path` to write to; it replaces `path` when the block ends without an error.
 
@@ -177,13 +187,11 @@ def replacing(path: str | Path):
         left.unlink(missing_ok=True)
     part = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno()) # on disk before the name points to it
-        os.replace(part, path)
-    except OSError as error:
-        error.filename = error.filename or str(path) # a full disk does not say which file
-        raise
+        with naming(path):
+            yield part
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno()) # on disk before the name points to it
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
