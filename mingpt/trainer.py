@@ -126,9 +126,11 @@ class Trainer:
         if config.device == "auto":
             self.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         try:
-            self.device_type = torch.empty(0, device=self.device).device.type
-        except (RuntimeError, AssertionError):
+            probe = torch.zeros(1, device=self.device)
+            probe.item() # fails on 'meta', which holds no numbers
+        except (RuntimeError, AssertionError, ImportError):
             raise ValueError(f"got device={self.device!r}, which is not here; 'auto' takes what there is") from None
+        self.device_type = probe.device.type
         has_bfloat16 = self.device_type == "cuda" and torch.cuda.is_bf16_supported()
         self.dtype = getattr(torch, config.dtype.replace("auto", "bfloat16" if has_bfloat16 else "float32"))
         if config.batch_size % (parts := self.world_size * config.grad_accum_steps):
