@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch
 from mingpt.data import TokenDataset
 from mingpt.model import SIZES
 from mingpt.trainer import Trainer, read_checkpoint
-from mingpt.utils import CfgNode, check_config, progress, replacing, run_script, set_seed, setup_logging
+from mingpt.utils import CfgNode, check_config, progress, run_script, set_seed, setup_logging
 
 sys.path.append(str(Path(__file__).resolve().parents[1])) # where projects keep what they share
 from muon import MuonGPT
@@ -95,8 +96,9 @@ def fetch(name: str) -> Path:
         if (got := hashlib.sha1(content).hexdigest()) != sha1:
             raise ValueError(f"{address} has the wrong contents: sha1 {got}, expected {sha1}. Nothing was kept; try again")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
-            part.write_bytes(content)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder: # other processes may fetch it now
+            (Path(folder) / name).write_bytes(content)
+            os.replace(Path(folder) / name, path)
     return path
 
 def read_blocks(name: str) -> Iterator[str]:
@@ -148,22 +150,13 @@ class CharGPT(MuonGPT):
         self.chars = chars
 
     def encode(self, prompt: str) -> torch.Tensor:
-        """A prompt as tokens, (1, T); \\n in it is a newline. Raises ValueError for characters that the text lacks."""
-        prompt = prompt.replace("\\n", "\n")
+        """A prompt as tokens, (1, T). Raises ValueError for characters that the text lacks."""
         if unknown := sorted(set(prompt) - set(self.chars)):
             raise ValueError(f"the prompt has {', '.join(map(repr, unknown))}, which the model has never seen")
         return torch.tensor([[self.chars.index(char) for char in prompt]])
 
     def decode(self, tokens: torch.Tensor) -> str:
         return "".join(self.chars[i] for i in tokens)
-
-# -----------------------------------------------------------------------------
-
-def encode_prompt(prompt: str, chars: str, device) -> torch.Tensor:
-    """A prompt as the model wants it: (1, T). Raises ValueError for characters that its text lacks."""
-    if unknown := sorted(set(prompt) - set(chars)):
-        raise ValueError(f"the prompt has {unknown}, which the model has never seen; it knows {chars!r}")
-    return torch.tensor([[chars.index(char) for char in prompt]], device=device)
 
 # -----------------------------------------------------------------------------
 
@@ -176,10 +169,11 @@ def train(config: CfgNode) -> None:
     if config.trainer.lr_decay_iters is None:
         config.trainer.lr_decay_iters = config.trainer.max_iters
     config.trainer.work_dir = config.system.work_dir
+    train_dataset, val_dataset = TokenDataset(train_text, T), TokenDataset(held_out[0], T, stride=T)
     model = CharGPT(config.model, chars)
     config.model = model.config
     prompt = model.encode(config.system.prompt or "".join(chars[i] for i in held_out[0][:max(1, T // 4)]))
-    trainer = Trainer(config.trainer, model, TokenDataset(train_text, T), TokenDataset(held_out[0], T, stride=T))
+    trainer = Trainer(config.trainer, model, train_dataset, val_dataset)
     setup_logging(config) # only now: a refused resume changes no file
     logger.info(f"{len(text):,} characters, {len(chars)} of them distinct; "
                 f"{len(train_text):,} to learn from, {len(held_out[0]):,} to validate")
@@ -203,9 +197,12 @@ def sample(config: CfgNode) -> None:
         raise ValueError(f"there is no model in {folder}; train one first, or name its folder with --system.work_dir")
     logging.getLogger("mingpt").setLevel(logging.WARNING) # the text alone is wanted
     state = read_checkpoint(folder / "checkpoint.pt")["model"]
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model = CharGPT(CfgNode(**saved["model"]), state["_extra_state"])
-    model.load_state_dict(state)
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model = CharGPT(CfgNode(**saved["model"]), state["_extra_state"])
+        model.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"checkpoint.pt and config.json in {folder} are not a model of this script: {error!r}") from None
     prompt = model.encode(config.system.prompt or "\n" * ("\n" in model.chars) or model.chars[0])
     print(model.decode(prompt[0]), end="")
     for token in model.stream(prompt, config.system.length, config.system.temperature, do_sample=True):
@@ -224,6 +221,8 @@ def main(args: list[str]) -> None:
         ("length", lambda v: v >= 0, "0 or more"),
         ("temperature", lambda v: 0 <= v < math.inf, "0 (the likeliest character) or more"),
     ))
+    check_config(config.data, (("block_size", lambda v: v >= 1, "1 or more"),))
+    config.system.prompt = config.system.prompt.replace("\\n", "\n") # as typed on a command line
     set_seed(config.system.seed)
     modes[config.system.mode](config)
 
