@@ -336,8 +336,7 @@ class Trainer:
             self._path("").mkdir(parents=True, exist_ok=True)
             path = self._path("metrics.jsonl")
             with naming(path), open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"iteration": self.iter_num + self._in_step, **row}) + "
-")
+                file.write(json.dumps({"iteration": self.iter_num + self._in_step, **row}) + "\n")
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Writes all that the run needs to go on to one file; the first process writes, but all must call it."""

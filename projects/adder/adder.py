@@ -12,6 +12,8 @@ digits that it has seen. It is trained to predict the sum's digits; those of the
 
 import logging
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +22,9 @@ from torch.utils.data import Dataset
 from mingpt.model import GPT
 from mingpt.trainer import Trainer
 from mingpt.utils import CfgNode, run_script, set_seed, setup_logging
+
+sys.path.append(str(Path(__file__).resolve().parents[1])) # where projects keep what they share
+from muon import MuonGPT
 
 logger = logging.getLogger("mingpt.adder")
 
@@ -41,11 +46,12 @@ def get_config() -> CfgNode:
 
     C.trainer = Trainer.get_default_config()
     del C.trainer.work_dir # it is system.work_dir
-    C.trainer.max_iters = 3000
+    C.trainer.optimizer = "muon" # for the matrices of the blocks; 'adamw' for all
+    C.trainer.max_iters = 1000
     C.trainer.batch_size = 128
-    C.trainer.learning_rate = 4e-3
-    C.trainer.warmup_iters = 100
-    C.trainer.eval_interval = 500
+    C.trainer.learning_rate = 1e-2
+    C.trainer.schedule = "linear"
+    C.trainer.eval_interval = 200
 
     return C
 
@@ -139,7 +145,7 @@ def main(args: list[str]) -> None:
     if config.trainer.lr_decay_iters is None:
         config.trainer.lr_decay_iters = config.trainer.max_iters
     config.trainer.work_dir = config.system.work_dir
-    model = GPT(config.model)
+    model = MuonGPT(config.model)
     config.model = model.config
     trainer = Trainer(config.trainer, model, train_dataset, test_dataset)
     setup_logging(config) # only now: a refused resume changes no file
