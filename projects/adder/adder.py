@@ -1,7 +1,7 @@
 """
 Teaches a GPT to add numbers of n digits.
 
-    python projects/adder/adder.py                          # two digits, half a minute on a CPU
+    python projects/adder/adder.py                          # two digits, ten seconds on a CPU
     python projects/adder/adder.py --data.ndigit=3          # three
     python projects/adder/adder.py --help                   # every setting
 
@@ -47,11 +47,11 @@ def get_config() -> CfgNode:
     C.trainer = Trainer.get_default_config()
     del C.trainer.work_dir # it is system.work_dir
     C.trainer.optimizer = "muon" # for the matrices of the blocks; 'adamw' for all
-    C.trainer.max_iters = 1000
+    C.trainer.max_iters = 500
     C.trainer.batch_size = 128
     C.trainer.learning_rate = 1e-2
     C.trainer.schedule = "linear"
-    C.trainer.eval_interval = 200
+    C.trainer.eval_interval = 100
 
     return C
 

@@ -23,7 +23,7 @@ from mingpt.bpe import Encoder, get_encoder
 from mingpt.data import TokenDataset, encode_file
 from mingpt.model import GPT
 from mingpt.trainer import Trainer, read_checkpoint
-from mingpt.utils import FIRST, CfgNode, replacing, run_script, set_seed, setup_logging
+from mingpt.utils import FIRST, CfgNode, check_config, replacing, run_script, set_seed, setup_logging
 
 sys.path.append(str(Path(__file__).resolve().parents[1])) # where projects keep what they share
 from muon import MuonGPT
@@ -37,22 +37,23 @@ def get_config() -> CfgNode:
     C.system.mode = "train" # or 'sample': write text with the trained model, or with the one that model.name says
     C.system.seed = 3407
     C.system.work_dir = "./out/finetune" # where the tokens, the log, the metrics and the model go
-    C.system.prompt = None # what a sample starts with; None takes the beginning of the validation text, or a new line
+    C.system.prompt = "" # what a sample starts with; empty takes the start of the validation text, or a newline
     C.system.length = 200 # tokens of a sample
     C.system.temperature = 0.8 # of a sample; 0 is the likeliest token each time
-    C.system.top_k = 40 # a sample draws from so many likely tokens; None is all
+    C.system.top_k = 40 # each token is drawn from so many likely ones
 
     C.data = CfgNode()
-    C.data.path = None # a text file in UTF-8; the last tenth of it is for validation
+    C.data.path = "" # a text file in UTF-8; the last tenth of it is for validation
     C.data.block_size = 128 # tokens that the model sees at a time; the positions of a pretrained model are cut to this
 
     C.model = CfgNode()
-    C.model.name = None # pretrained weights: gpt2, gpt2-medium, ..., owner/model on the hub, or a folder
+    C.model.name = "" # pretrained weights: gpt2, gpt2-medium, ..., owner/model on the hub, or a folder
     C.model.model_type = "gpt-micro" # the sizes of a fresh model, if there is no name
-    C.model.dropout = 0.1 # while training; 0 is off
+    C.model.dropout = 0.1 # 0 turns it off
     C.model.last_blocks = None # train only this many blocks, from the end, and the last LayerNorm; None trains all
 
     C.trainer = Trainer.get_default_config()
+    del C.trainer.work_dir # it is system.work_dir
     C.trainer.optimizer = "adamw" # or 'muon' for the matrices of the blocks
     C.trainer.max_iters = 500
     C.trainer.batch_size = 16
@@ -68,10 +69,10 @@ def get_config() -> CfgNode:
 
 # -----------------------------------------------------------------------------
 
-def load_encoder(folder: str | Path | None) -> Encoder:
-    """The vocabulary in a folder of the GPT-2 type, if it has one, else GPT-2's own."""
-    vocabulary, merges = (Path(folder or "", name) for name in ("vocab.json", "merges.txt"))
-    if not (vocabulary.is_file() and merges.is_file()):
+def load_encoder(folder: str | Path) -> Encoder:
+    """The vocabulary in a folder of the GPT-2 type, if there is one, else GPT-2's own."""
+    vocabulary, merges = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+    if not (folder and vocabulary.is_file() and merges.is_file()):
         return get_encoder()
     try:
         lines = merges.read_text(encoding="utf-8").splitlines()
@@ -87,9 +88,9 @@ def save_encoder(encoder: Encoder, folder: Path) -> None:
         with replacing(folder / name) as part:
             part.write_text(text, encoding="utf-8")
 
-def encode_text(encoder: Encoder, path: str | None, work_dir: Path) -> np.ndarray:
+def encode_text(encoder: Encoder, path: str, work_dir: Path) -> np.ndarray:
     """The tokens of a text. They are kept in a file whose name changes with the text and the vocabulary."""
-    if not path or not os.path.isfile(path) or os.path.getsize(path) == 0:
+    if not os.path.isfile(path) or os.path.getsize(path) == 0:
         raise ValueError(f"got --data.path={path}, expected the name of a text file that is not empty")
     digest = hashlib.sha256(json.dumps([encoder.encoder, list(encoder.bpe_ranks)]).encode())
     with open(path, "rb") as file:
@@ -104,7 +105,7 @@ def encode_text(encoder: Encoder, path: str | None, work_dir: Path) -> np.ndarra
     return np.memmap(tokens, dtype=np.uint16, mode="r")
 
 def load_model(config: CfgNode, encoder: Encoder) -> MuonGPT:
-    """The model to train, with fresh or pretrained weights, in float32; of its positions the first block_size are kept."""
+    """The model to train, with fresh or pretrained weights, in float32; only its first block_size positions."""
     name, T = config.model.name, config.data.block_size
     if name:
         pretrained = GPT.from_pretrained(name)
@@ -125,7 +126,7 @@ def load_model(config: CfgNode, encoder: Encoder) -> MuonGPT:
         model.load_state_dict(weights)
     if (count := config.model.last_blocks) is not None:
         if count not in range(len(model.transformer.h) + 1):
-            raise ValueError(f"got --model.last_blocks={count}, expected 0 to {len(model.transformer.h)}, or None for all")
+            raise ValueError(f"got --model.last_blocks={count}, expected 0 to {len(model.transformer.h)} or None")
         model.requires_grad_(False)
         for module in (*model.transformer.h[len(model.transformer.h) - count:], model.transformer.ln_f):
             module.requires_grad_(True)
@@ -143,9 +144,9 @@ def train(config: CfgNode) -> None:
     if config.trainer.lr_decay_iters is None:
         config.trainer.lr_decay_iters = config.trainer.max_iters
     config.trainer.work_dir = config.system.work_dir
-    prompt = encoder.encode(config.system.prompt or "") or tokens[split:split + 16].tolist()
+    prompt = encoder.encode(config.system.prompt.replace("\\n", "\n")) or tokens[split:split + 16].tolist()
     trainer = Trainer(config.trainer, model, train_dataset, val_dataset)
-    setup_logging(config)
+    setup_logging(config) # only now: a refused resume changes no file
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(f"{len(tokens):,} tokens: {split:,} to learn from, {len(tokens) - split:,} to validate; "
                 f"{trained:,} parameters are trained")
@@ -176,8 +177,9 @@ def sample(config: CfgNode) -> None:
     folder = config.model.name or Path(config.system.work_dir, "model")
     if not config.model.name and not folder.is_dir():
         raise ValueError(f"there is no model in {folder}; train one first, or say where it is by --system.work_dir")
+    logging.getLogger("mingpt").setLevel(logging.WARNING) # the text alone is wanted
     encoder, model = load_encoder(folder), GPT.from_pretrained(folder).float()
-    prompt = config.system.prompt or "\n"
+    prompt = config.system.prompt.replace("\\n", "\n") or "\n"
     tokens = model.stream(torch.tensor([encoder.encode(prompt)]), config.system.length, config.system.temperature,
                           do_sample=True, top_k=config.system.top_k, stop_token=encoder.eot_token)
     print(prompt, end="")
@@ -188,10 +190,14 @@ def sample(config: CfgNode) -> None:
 def main(args: list[str]) -> None:
     config = get_config()
     config.merge_from_args(args)
-    set_seed(config.system.seed)
     modes = {"train": train, "sample": sample}
-    if config.system.mode not in modes:
-        raise ValueError(f"got --system.mode={config.system.mode}, expected {' or '.join(modes)}")
+    check_config(config.system, (
+        ("mode", lambda v: v in modes, "train or sample"),
+        ("length", lambda v: v >= 0, "0 or more"),
+        ("temperature", lambda v: 0 <= v < math.inf, "0 (the likeliest token) or more"),
+        ("top_k", lambda v: v >= 1, "1 or more"),
+    ))
+    set_seed(config.system.seed)
     modes[config.system.mode](config)
 
 if __name__ == "__main__":
