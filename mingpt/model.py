@@ -11,10 +11,10 @@ In shape comments: B batch, T time (tokens in a row), C channels (n_embd), V voc
 The network is GPT-2's: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
 """
 
-import logging
 import math
 import operator
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mingpt.pretrained import load_pretrained, save_pretrained
-from mingpt.utils import CfgNode, check_config, eval_mode
-
-logger = logging.getLogger(__name__)
+from mingpt.utils import CfgNode, check_config, eval_mode, logger
 
 class CausalSelfAttention(nn.Module):
     """Each token looks at itself and the tokens before it and collects what is relevant, in n_head independent ways."""
@@ -80,15 +78,14 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 class KVCache:
-    """Keys and values of the tokens read so far, so that they need not be computed again: model(idx, cache=cache) adds to them."""
+    """Keys and values of the tokens read so far, so that they need not be computed again."""
 
     def __init__(self, max_length: int):
-        self.max_length = max_length # it has room for this many tokens
-        self.length = 0 # and holds this many
+        self.max_length, self.length = max_length, 0 # tokens that it has room for, and that it holds
         self.kv: dict[nn.Module, Tensor] = {} # for each attention (2, B, nh, max_length, hs)
 
     def append(self, layer: nn.Module, kv: Tensor) -> Tensor:
-        """Adds keys and values of a layer, (2, B, nh, T, hs); returns all that it has, (2, B, nh, length + T, hs)."""
+        """Adds keys and values of a layer, (2, B, nh, T, hs); returns all it has, (2, B, nh, length + T, hs)."""
         two, B, nh, T, hs = kv.shape
         if layer not in self.kv:
             self.kv[layer] = kv.new_empty(two, B, nh, self.max_length, hs)
@@ -106,8 +103,8 @@ SIZES = { # model_type: n_layer, n_head, n_embd
 }
 
 RULES = ( # fields of a complete configuration, a test of their values, what is expected
-    ("n_layer n_head n_embd", lambda v: type(v) is int and v > 0, "a whole number above 0, or a model_type that sets it"),
-    ("vocab_size block_size", lambda v: type(v) is int and v > 0, "a whole number above 0"),
+    ("n_layer n_head n_embd vocab_size block_size", lambda v: type(v) is int and v > 0,
+     "a whole number above 0 (a model_type sets n_layer, n_head and n_embd)"),
     ("embd_pdrop resid_pdrop attn_pdrop", lambda v: 0 <= v <= 1 and v is not True, "a share from 0 to 1"),
     ("gelu_approximate", lambda v: v in ("tanh", "none"), "'tanh' or 'none'"),
 )
@@ -118,10 +115,8 @@ class GPT(nn.Module):
     @staticmethod
     def get_default_config() -> CfgNode:
         C = CfgNode()
-        C.model_type = "gpt" # a name in SIZES, or leave it and give n_layer, n_head and n_embd
-        C.n_layer = None
-        C.n_head = None
-        C.n_embd = None # channels
+        C.model_type = "gpt" # or a name in SIZES
+        C.n_layer = C.n_head = C.n_embd = None # layers, heads and channels, unless model_type sets them
         C.vocab_size = None # required: number of different tokens
         C.block_size = None # required: the most tokens that the model can look back on
         C.embd_pdrop = 0.1 # dropout after the embedding; 0 turns it off
@@ -136,44 +131,40 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config = resolve_config(config)
         self.block_size = config.block_size
+        wte = nn.Embedding(config.vocab_size, config.n_embd) # what a token is
+        wpe = nn.Embedding(config.block_size, config.n_embd) # where it stands
         self.transformer: Any = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd), # what a token is
-            wpe=nn.Embedding(config.block_size, config.n_embd), # where it stands
-            drop=nn.Dropout(config.embd_pdrop),
+            wte=wte, wpe=wpe, drop=nn.Dropout(config.embd_pdrop),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
-            self.lm_head.weight = self.transformer.wte.weight
-        self._init_weights()
-        self.register_load_state_dict_pre_hook(_adapt_state_dict)
-        logger.info("number of parameters: %.2fM", sum(p.numel() for p in self.parameters()) / 1e6)
-
-    def _init_weights(self) -> None:
-        """GPT-2's: N(0, 0.02), smaller for the 2 * n_layer projections that add to the residual stream."""
-        for name, module in self.named_modules():
+            self.lm_head.weight = wte.weight
+        for name, module in self.named_modules(): # std: less for the 2 * n_layer projections to the residual stream
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj") else 0.02
+                std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj") else 0.02
                 nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        self.register_load_state_dict_pre_hook(_adapt_state_dict)
+        logger.info("number of parameters: %.2fM", sum(p.numel() for p in self.parameters()) / 1e6)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
-        """Scores every next token: idx (B, T) -> logits (B, T, V), and the mean cross-entropy with targets (B, T) in nats.
+        """Scores every next token: idx (B, T) -> logits (B, T, V), and their cross-entropy in nats with targets (B, T).
 
-        Targets of -1 are not counted. With a cache, idx follows the tokens that are in it. Raises ValueError for more than
-        block_size tokens or, on a CPU, unknown ones.
+        Targets of -1 are not counted. With a cache, idx follows what is in it. Too many tokens are a ValueError.
         """
         try:
             logits = self.lm_head(self._features(idx, cache)) # (B, T, C) -> (B, T, V)
             if targets is None:
                 return logits, None
-            exact = logits.to(torch.promote_types(logits.dtype, torch.float32)) # half precision would round the sum
-            total = F.cross_entropy(exact.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum") # (B*T, V), (B*T)
+            # at least float32, as half precision would round the sum: (B, T, V) -> (B*T, V)
+            scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+            total = F.cross_entropy(scores, targets.flatten(), ignore_index=-1, reduction="sum")
         except IndexError:
-            raise ValueError(f"got unknown tokens: the vocabulary goes from 0 to {self.config.vocab_size - 1}") from None
+            raise ValueError(f"unknown token: the vocabulary goes from 0 to {self.config.vocab_size - 1}") from None
         return logits, total / (targets != -1).sum().clamp(min=1) # 0 if nothing is to be predicted
 
     def _features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -192,8 +183,8 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def configure_optimizers(self, train_config: CfgNode) -> torch.optim.AdamW:
-        """AdamW with weight decay on the matrices of Linear layers, unless one is the embedding, too."""
-        matrices = {m.weight: None for m in self.modules() if isinstance(m, nn.Linear)} # in order, as no set has it
+        """AdamW, with weight decay on the matrices of Linear layers, except one that is the embedding, too."""
+        matrices = {m.weight: None for m in self.modules() if isinstance(m, nn.Linear)} # a set has no order
         matrices.pop(self.transformer.wte.weight, None)
         others = [p for p in self.parameters() if p not in matrices]
         groups: list[dict] = [{"params": list(matrices)}, {"params": others, "weight_decay": 0.0}]
@@ -203,37 +194,29 @@ class GPT(nn.Module):
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, do_sample: bool = False,
                  top_k: int | None = None, top_p: float | None = None, stop_token: int | None = None,
                  use_cache: bool = True) -> Tensor:
-        """Continues a prompt: idx (B, T) -> (B, T + max_new_tokens), by the likeliest tokens, or drawn ones if do_sample.
+        """Continues a prompt, idx (B, T) -> (B, T + max_new_tokens), by the likeliest tokens, or by draws if do_sample.
 
-        temperature, top_k and top_p shape the draw (see logits_to_probs); temperature 0 is greedy. A row that came to
-        stop_token repeats it from there, and all end once every row has. The model sees the last block_size tokens, in
-        eval mode. Raises ValueError for an empty prompt or a setting out of range.
+        temperature, top_k and top_p shape the draw (see logits_to_probs); temperature 0 is greedy. A row repeats
+        stop_token once it has come to it, and all end when every row has. The model is in eval mode and sees the last
+        block_size tokens. Raises ValueError for an empty prompt or a setting out of range.
         """
-        tokens = self._tokens(idx, max_new_tokens, temperature, do_sample, top_k, top_p, stop_token, use_cache)
         with torch.inference_mode(), eval_mode(self): # once for all tokens
-            new = list(tokens)
+            new = list(self._tokens(
+                idx, max_new_tokens, temperature, do_sample, top_k, top_p, stop_token, use_cache, nullcontext))
         return torch.cat([idx] + [token[:, None] for token in new], dim=1) # (B,) each -> (B, T + new)
 
     def stream(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, do_sample: bool = False,
                top_k: int | None = None, top_p: float | None = None, stop_token: int | None = None,
                use_cache: bool = True) -> Iterator[Tensor]:
-        """What generate adds to the prompt, token by token as they come: yields (B,), at most max_new_tokens times."""
-        tokens = self._tokens(idx, max_new_tokens, temperature, do_sample, top_k, top_p, stop_token, use_cache)
+        """What generate adds to the prompt, token by token as it comes: yields (B,), at most max_new_tokens times."""
+        return self._tokens(idx, max_new_tokens, temperature, do_sample, top_k, top_p, stop_token, use_cache, eval_mode)
 
-        def one_by_one() -> Iterator[Tensor]:
-            for _ in range(max_new_tokens):
-                with torch.no_grad(), eval_mode(self): # both end before the token is handed out
-                    token = next(tokens, None)
-                if token is not None: # not all rows have come to stop_token
-                    yield token
-        return one_by_one()
-
-    def _tokens(self, idx, max_new_tokens, temperature, do_sample, top_k, top_p, stop_token, use_cache):
+    def _tokens(self, idx, max_new_tokens, temperature, do_sample, top_k, top_p, stop_token, use_cache, mode):
+        """Checks the arguments and returns the new tokens, one by one; mode(model) holds while one is computed."""
         if idx.dim() != 2 or idx.size(1) == 0:
-            raise ValueError(f"got a prompt of shape {tuple(idx.shape)}, expected (B, T) with one token or more in a row")
+            raise ValueError(f"got a prompt of shape {tuple(idx.shape)}, expected (B, T) with one token or more a row")
         if idx.numel() and not 0 <= idx.min() <= idx.max() < self.config.vocab_size:
-            raise ValueError(f"got tokens from {idx.min()} to {idx.max()}, but the vocabulary goes from 0 to "
-                             f"{self.config.vocab_size - 1}; is this the right encoder for the model?")
+            raise ValueError(f"got {idx.min()} to {idx.max()}, but the vocabulary is 0 to {self.config.vocab_size - 1}")
         check_config(CfgNode(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p), (
             ("max_new_tokens", lambda v: operator.index(v) >= 0, "a whole number, 0 or more"),
             ("temperature", lambda v: 0 <= v < math.inf, "0 (greedy) or more"),
@@ -247,16 +230,17 @@ class GPT(nn.Module):
             stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device) # (B,)
             text, unread = [idx], idx # pieces (B, T), (B, 1), (B, 1), ...; and what of them the cache lacks
             for _ in range(max_new_tokens):
-                if cache and cache.length + unread.size(1) > self.block_size:
-                    cache = None # from here on the window slides, so every token changes its position
-                if not cache:
-                    unread = torch.cat(text, dim=1)[:, -self.block_size:] # (B, block_size) at most
-                logits = self.lm_head(self._features(unread, cache)[:, -1]) # of the last token alone, (B, V)
-                probs = logits if greedy else logits_to_probs(logits, temperature, top_k, top_p)
-                token = probs.argmax(-1) if greedy else torch.multinomial(probs, 1)[:, 0] # (B,)
-                if stop_token is not None:
-                    token = torch.where(stopped, stop_token, token)
-                    stopped |= token == stop_token
+                with torch.no_grad(), mode(self): # both end before the token is handed out
+                    if cache and cache.length + unread.size(1) > self.block_size:
+                        cache = None # from here on the window slides, so every token changes its position
+                    if not cache:
+                        unread = torch.cat(text, dim=1)[:, -self.block_size:] # (B, block_size) at most
+                    logits = self.lm_head(self._features(unread, cache)[:, -1]) # of the last token alone, (B, V)
+                    probs = logits if greedy else logits_to_probs(logits, temperature, top_k, top_p)
+                    token = probs.argmax(-1) if greedy else torch.multinomial(probs, 1)[:, 0] # (B,)
+                    if stop_token is not None:
+                        token = torch.where(stopped, stop_token, token)
+                        stopped |= token == stop_token
                 yield token
                 if stop_token is not None and stopped.all():
                     break
@@ -274,17 +258,16 @@ class GPT(nn.Module):
         save_pretrained(self, folder)
 
 def resolve_config(config: CfgNode) -> CfgNode:
-    """A complete copy of a configuration, with the sizes of its model_type; ValueError if anything is missing or wrong."""
+    """A complete copy of a configuration, with the sizes of its model_type; ValueError for what is missing or wrong."""
     resolved = GPT.get_default_config()
     resolved.merge_from_dict(vars(config))
     name = resolved.model_type
-    if name in SIZES:
-        for key, size in zip(("n_layer", "n_head", "n_embd"), SIZES[name]):
-            if (given := getattr(resolved, key)) not in (None, size):
-                raise ValueError(f"model_type {name!r} means {key}={size}, but {key}={given} is given; give one of them")
-            setattr(resolved, key, size)
-    elif name not in ("gpt", None):
+    if name not in (*SIZES, "gpt", None):
         raise ValueError(f"unknown model_type {name!r}; give one of {', '.join(SIZES)}, or n_layer, n_head and n_embd")
+    for key, size in zip(("n_layer", "n_head", "n_embd"), SIZES.get(name, ())):
+        if (given := getattr(resolved, key)) not in (None, size):
+            raise ValueError(f"model_type {name!r} means {key}={size}, but {key}={given} is given; give one of them")
+        setattr(resolved, key, size)
     check_config(resolved, RULES)
     if resolved.n_embd % resolved.n_head:
         raise ValueError(f"got n_embd={resolved.n_embd}, expected a multiple of n_head={resolved.n_head}")
@@ -296,7 +279,7 @@ def _adapt_state_dict(model: GPT, state: dict, prefix: str, *args) -> None:
         del state[key]
     wte, head = prefix + "transformer.wte.weight", prefix + "lm_head.weight"
     if model.config.tie_weights and wte in state and not torch.equal(state.setdefault(head, state[wte]), state[wte]):
-        raise ValueError("these weights have an output layer of their own; set config.tie_weights = False for the model")
+        raise ValueError("these weights have an output layer of their own; set config.tie_weights = False")
 
 def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
                     top_p: float | None = None) -> Tensor:
