@@ -43,10 +43,10 @@ class CausalSelfAttention(nn.Module):
         if cache:
             k, v = cache.append(self, qkv[1:]) # (B, nh, past + T, hs)
         mask = None # query i is token number past + i: it looks at that one and those before it
-        if past > 0 and T > 1:
+        if T > 1 and past > 0:
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         pdrop = self.attn_pdrop if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, pdrop, is_causal=past == 0 and T > 1) # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, mask, pdrop, is_causal=T > 1 and past == 0) # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C) # the heads side by side again
         return F.dropout(self.c_proj(y), self.resid_pdrop, self.training)
 
@@ -131,8 +131,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config = resolve_config(config)
         self.block_size = config.block_size
-        wte = nn.Embedding(config.vocab_size, config.n_embd) # what a token is
-        wpe = nn.Embedding(config.block_size, config.n_embd) # where it stands
+        wte, wpe = (nn.Embedding.from_pretrained(torch.empty(size, config.n_embd), freeze=False) # filled below
+                    for size in (config.vocab_size, config.block_size)) # what a token is, where it stands
         self.transformer: Any = nn.ModuleDict(dict(
             wte=wte, wpe=wpe, drop=nn.Dropout(config.embd_pdrop),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
@@ -142,7 +142,7 @@ class GPT(nn.Module):
         if config.tie_weights:
             self.lm_head.weight = wte.weight
         for name, module in self.named_modules(): # std: less for the 2 * n_layer projections to the residual stream
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta: # there, weights come later
                 std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj") else 0.02
                 nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -220,7 +220,7 @@ class GPT(nn.Module):
         check_config(CfgNode(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p), (
             ("max_new_tokens", lambda v: operator.index(v) >= 0, "a whole number, 0 or more"),
             ("temperature", lambda v: 0 <= v < math.inf, "0 (greedy) or more"),
-            ("top_k", lambda v: v is None or operator.index(v) >= 1, "a whole number from 1 on, or None for all tokens"),
+            ("top_k", lambda v: v is None or operator.index(v) >= 1, "a whole number above 0, or None for all tokens"),
             ("top_p", lambda v: v is None or 0 < v <= 1, "a share above 0 and up to 1, or None for all tokens"),
         ))
         greedy = not do_sample or temperature < 1e-30 # dividing by so little would overflow
