@@ -349,8 +349,11 @@ class Generate(unittest.TestCase):
         self.assertTrue(all(module.training for module in self.model.modules()))
 
     def test_bad_arguments_are_refused_at_the_call(self):
-        with self.assertRaisesRegex(ValueError, "top_k=0"):
-            self.model.stream(torch.zeros(1, 1, dtype=torch.long), 5, top_k=0)
+        for options, message in ((dict(top_k=0), "top_k=0"), (dict(top_k=1.5), "top_k=1.5"), (dict(top_k="a"), "top_k='a'"),
+                                 (dict(max_new_tokens=1.5), "max_new_tokens=1.5"), (dict(max_new_tokens=None), "max_new_tokens=None"),
+                                 (dict(temperature="hot"), "temperature='hot'"), (dict(top_p=2), "top_p=2")):
+            with self.subTest(message), self.assertRaisesRegex(ValueError, message):
+                self.model.stream(torch.zeros(1, 1, dtype=torch.long), **dict(max_new_tokens=5, do_sample=True) | options)
 
     def test_bad_settings(self):
         idx = torch.zeros(1, 2, dtype=torch.long)

@@ -14,12 +14,13 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from common import ROOT, Folder, run_python, tiny_config
 from mingpt.model import GPT
 from mingpt.trainer import Trainer, read_checkpoint
 from mingpt.utils import CfgNode, set_seed
-from train_script import Pairs
+from train_script import Masked, Pairs
 
 SCRIPT = Path(__file__).parent / "train_script.py"
 
@@ -146,12 +147,12 @@ with torch.no_grad():
             (dict(batch_size=6, grad_accum_steps=4), "batch_size=6, expected a multiple of 4"), (dict(batch_size=0), "batch_size=0"),
             (dict(dtype="float8"), "dtype='float8'.*bfloat16"), (dict(schedule="step"), "schedule='step'"),
             (dict(resume=True), "work_dir"), (dict(keep_best=True), "work_dir"),
-            (dict(resume=True, work_dir="/nonexistent/run"), "no checkpoint at /nonexistent/run"),
+            (dict(resume=True, work_dir="/nonexistent/run"), "no checkpoint at .nonexistent.run"),
             *((dict({field: value}), f"got {field}=") for field, values in {
                 "grad_accum_steps": (0, -1, 1.5, "x"), "batch_size": (-8,), "max_iters": (0, -3), "eval_batches": (0,), "log_interval": (-1,),
                 "eval_interval": (-1, None), "checkpoint_interval": (-1,), "num_workers": (-1, 10 ** 9), "warmup_iters": (-1,), "grad_norm_clip": (-1.0,),
                 "weight_decay": (-0.1, math.nan), "learning_rate": (-1e-3, math.inf, "fast"), "min_lr": (-1.0,), "seed": (-1,),
-                "betas": (0.9, (0.9,), (0.9, 1.0), (-0.1, 0.9), ("a", "b"), None), "device": ("cuda:99", "gpu", "")}.items() for value in values),
+                "betas": (0.9, (0.9,), (0.9, 1.0), (-0.1, 0.9), ("a", "b"), None), "device": ("cuda:99", "gpu", "", "meta", "hpu")}.items() for value in values),
         ):
             with self.subTest(message), self.assertRaisesRegex(ValueError, message):
                 make_trainer(**settings)
@@ -245,15 +246,6 @@ class Batches(unittest.TestCase):
         self.assertTrue(torch.equal(torch.get_rng_state(), state))
 
 
-class Masked(Pairs):
-    """Between none and all of the targets count."""
-
-    def __getitem__(self, index):
-        x, y = super().__getitem__(index)
-        y = y.clone()
-        y[np.random.default_rng(index).integers(9):] = -1
-        return x, y
-
 class Nothing(Pairs):
     """No target counts."""
 
@@ -316,6 +308,22 @@ class Counted(unittest.TestCase):
         trainer.run() # some steps count nothing, some micro-batches: none is taken for a divergence
         self.assertTrue(weights(trainer.model).isfinite().all())
         self.assertFalse(torch.equal(weights(trainer.model), before))
+
+    def test_a_module_whose_mean_of_nothing_is_nan(self):
+        class Bigrams(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.table = torch.nn.Embedding(5, 5)
+            def forward(self, x, y):
+                logits = self.table(x)
+                return logits, F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1)
+        results = []
+        for steps in (1, 12): # micro-batches of one row, most of which count nothing
+            set_seed(1)
+            trainer = make_trainer(Bigrams().double(), Masked(), max_iters=20, log_interval=1, batch_size=12, grad_accum_steps=steps)
+            trainer.run()
+            results.append((trainer.loss, weights(trainer.model)))
+        torch.testing.assert_close(results[0], results[1], atol=1e-9, rtol=1e-9)
 
     def test_every_float_target_counts(self):
         dataset = torch.utils.data.TensorDataset(torch.ones(8, 3), torch.full((8, 1), -1.0))
@@ -444,6 +452,48 @@ class Checkpoints(Folder):
             with self.assertRaisesRegex(ValueError, "damaged or no checkpoint"):
                 read_checkpoint(path)
 
+    def test_a_checkpoint_is_read_without_advice_to_drop_the_guard(self):
+        torch.save(Regression(), self.folder / "checkpoint.pt")
+        with self.assertRaisesRegex(ValueError, "checkpoint.pt is no checkpoint: it holds more than tensors") as caught:
+            read_checkpoint(self.folder / "checkpoint.pt")
+        self.assertNotIn("weights_only", str(caught.exception))
+
+    @unittest.skipUnless(os.path.exists("/proc/self/maps"), "this system does not list what is mapped")
+    def test_a_checkpoint_is_not_mapped_into_memory(self):
+        make_trainer(max_iters=1, work_dir=self.folder).run()
+        trainer = make_trainer(max_iters=2, work_dir=self.folder, resume=True) # the old file's space is free when it is replaced
+        self.assertEqual(trainer.iter_num, 1)
+        self.assertNotIn("checkpoint.pt", Path("/proc/self/maps").read_text())
+
+    def test_the_random_state_of_a_gpu_is_in_the_checkpoint(self):
+        class Generator: # stands for torch.mps or torch.cuda
+            state = torch.tensor([1, 2], dtype=torch.uint8)
+            def get_rng_state(self):
+                return self.state
+            def set_rng_state(self, state):
+                self.state = state
+        generator, trainer, path = Generator(), make_trainer(), self.folder / "x.pt"
+        trainer.device_type = "mps"
+        with mock.patch("torch.get_device_module", return_value=generator) as get:
+            trainer.save_checkpoint(path)
+            generator.state = None
+            trainer.load_checkpoint(path)
+        get.assert_called_with("mps")
+        self.assertEqual(generator.state.tolist(), [1, 2])
+
+    def test_a_work_dir_may_look_like_a_number(self):
+        config = CfgNode(trainer=Trainer.get_default_config())
+        config.merge_from_args(["--trainer.work_dir=2024"])
+        self.assertEqual(config.trainer.work_dir, "2024")
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "this system has no disk that is always full")
+    def test_a_full_disk_is_named_with_the_metrics_file(self):
+        trainer = make_trainer()
+        trainer.config.work_dir = self.folder
+        os.symlink("/dev/full", self.folder / "metrics.jsonl")
+        with self.assertRaisesRegex(OSError, "No space left.*metrics.jsonl"):
+            trainer.write_metrics(split="train")
+
     def test_a_fresh_run_is_never_taken_for_the_old_one(self):
         make_trainer(max_iters=3, work_dir=self.folder, log_interval=1).run()
         trainer = make_trainer(max_iters=9, work_dir=self.folder, log_interval=1)
@@ -510,7 +560,7 @@ class Checkpoints(Folder):
     def test_torn_foreign_and_undecodable_rows_are_removed(self):
         make_trainer(max_iters=2, work_dir=self.folder, log_interval=1).run()
         with open(self.folder / "metrics.jsonl", "ab") as file:
-            file.write(b'\xff\xfe\n[1]\n3\n{"iteration": "x"}\n{"split": 1}\nhello\n{"iteration": 3, "spl')
+            file.write(b'\xff\xfe\n[1]\n3\n{"iteration": "x"}\n{"split": 1}\nhello\n' + b"[" * 100_000 + b'\n{"iteration": 3, "spl')
         make_trainer(max_iters=3, work_dir=self.folder, log_interval=1, resume=True).run()
         self.assertEqual([row["iteration"] for row in read_metrics(self.folder)], [1, 2, 3])
 
@@ -523,6 +573,7 @@ class Checkpoints(Folder):
         self.assertEqual(checkpoint["iter_num"], 8)
         self.assertTrue(all(tensor.isfinite().all() for tensor in checkpoint["model"].values()))
 
+    @unittest.skipIf(os.name == "nt", "needs resource")
     def test_a_full_disk_leaves_the_last_checkpoint_whole(self):
         make_trainer(max_iters=2, work_dir=self.folder).run()
         before = (self.folder / "checkpoint.pt").read_bytes()
@@ -540,6 +591,7 @@ class Checkpoints(Folder):
             make_trainer(max_iters=1, work_dir=self.folder / "file" / "run").run()
 
 
+@unittest.skipIf(os.name == "nt", "needs POSIX signals")
 class Interruptions(Folder):
     def start(self, *args, **options):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
@@ -612,6 +664,7 @@ class Interruptions(Folder):
             self.assertEqual(last, expected)
 
 
+@unittest.skipIf(os.name == "nt", "torchrun needs a torch with libuv")
 class Processes(Folder):
     def torchrun(self, count, *args, check=True):
         return run_python("-m", "torch.distributed.run", f"--nproc_per_node={count}", "--standalone", SCRIPT, "--dropout=0.0",
@@ -630,6 +683,17 @@ class Processes(Folder):
         torch.testing.assert_close(self.losses("two"), self.losses("one"), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(self.losses("then"), self.losses("one"), atol=1e-4, rtol=1e-4)
         self.assertEqual(printed.count("step      30  loss"), 1) # one process speaks
+
+    def test_masked_targets_count_alike_in_one_to_three_processes(self):
+        settings = ("--masked=True", "--trainer.batch_size=12", "--trainer.max_iters=12", "--trainer.eval_interval=6")
+        run_python(SCRIPT, "--dropout=0.0", f"--trainer.work_dir={self.folder / 'p1'}", *settings, OMP_NUM_THREADS="1")
+        self.torchrun(2, f"--trainer.work_dir={self.folder / 'p2'}", "--trainer.grad_accum_steps=3", *settings)
+        self.torchrun(3, f"--trainer.work_dir={self.folder / 'p3'}", "--trainer.grad_accum_steps=2", *settings)
+        models = [read_checkpoint(self.folder / name / "checkpoint.pt")["model"] for name in ("p1", "p2", "p3")]
+        self.assertEqual(len(self.losses("p1")), 14) # of training, and of two evaluations
+        for name, model in zip(("p2", "p3"), models[1:]):
+            torch.testing.assert_close(self.losses(name), self.losses("p1"), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(model, models[0], atol=1e-4, rtol=1e-4)
 
     def test_ctrl_c_stops_all_after_the_same_step(self):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -21,15 +21,25 @@ class Pairs(torch.utils.data.Dataset):
         row = torch.from_numpy(np.concatenate((row, row[:4])))
         return row[:-1], row[1:]
 
+class Masked(Pairs):
+    """Between none and all of the targets count, and none in two rows of three."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        y = y.clone()
+        y[np.random.default_rng(index).integers(9) if index % 3 == 0 else 0:] = -1
+        return x, y
+
 def main(args):
-    config = CfgNode(trainer=Trainer.get_default_config(), pause=0.0, digest=True, dropout=0.1, fail_at=0)
+    config = CfgNode(trainer=Trainer.get_default_config(), pause=0.0, digest=True, dropout=0.1, fail_at=0, masked=False)
     config.trainer.merge_from_dict(dict(batch_size=8, max_iters=30, learning_rate=3e-3, log_interval=1, device="cpu", seed=5))
     config.merge_from_args(args)
     set_seed(1)
     model_config = GPT.get_default_config()
     model_config.merge_from_dict(dict(n_layer=2, n_head=2, n_embd=16, vocab_size=5, block_size=8, embd_pdrop=config.dropout,
                                       resid_pdrop=config.dropout, attn_pdrop=config.dropout))
-    trainer = Trainer(config.trainer, GPT(model_config), Pairs(), Pairs())
+    dataset = Masked() if config.masked else Pairs()
+    trainer = Trainer(config.trainer, GPT(model_config), dataset, dataset)
 
     def on_batch_end(trainer):
         time.sleep(config.pause)

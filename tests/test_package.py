@@ -1,0 +1,48 @@
+"""What surrounds the code: its version, its types, the source distribution that is made of it."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tarfile
+import unittest
+
+import mingpt
+from common import ROOT, Folder, run_python
+
+
+class Package(Folder):
+    def test_version(self):
+        shown = run_python("setup.py", "--version", cwd=ROOT).stdout.split()
+        self.assertEqual(shown[-1], mingpt.__version__)
+        self.assertRegex(mingpt.__version__, r"^\d+\.\d+\.\d+$")
+
+    def test_requirements_are_what_is_imported(self):
+        names = re.findall(r"^\w+", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
+        self.assertEqual(sorted(names), ["numpy", "regex", "requests", "torch"])
+        extras = {"tqdm", "huggingface_hub", "safetensors"} # where they are needed, and with an error that names the command
+        for path in sorted((ROOT / "mingpt").glob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            at_the_top = set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE))
+            anywhere = set(re.findall(r"^ *(?:import|from) (\w+)", text, re.MULTILINE))
+            self.assertLessEqual(at_the_top, {*sys.stdlib_module_names, *names, "mingpt"}, path.name)
+            self.assertLessEqual(anywhere, {*sys.stdlib_module_names, *names, *extras, "mingpt"}, path.name)
+
+    @unittest.skipUnless(importlib.util.find_spec("mypy"), "mypy is not installed")
+    def test_types(self):
+        result = run_python("-m", "mypy", "--cache-dir", self.folder, "mingpt", cwd=ROOT, check=False)
+        self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+
+    @unittest.skipUnless(importlib.util.find_spec("setuptools"), "setuptools is not installed")
+    def test_source_distribution_has_all_that_its_tests_need(self):
+        run_python("setup.py", "-q", "egg_info", f"--egg-base={self.folder}", "sdist", f"--dist-dir={self.folder}", cwd=ROOT)
+        with tarfile.open(next(self.folder.glob("*.tar.gz"))) as archive:
+            held = {name.partition("/")[2] for name in archive.getnames()}
+        wanted = subprocess.run(["git", "ls-files", "mingpt", "projects", "tests", "*.ipynb", "*.txt", "README.md", "LICENSE", "setup.py"],
+                                cwd=ROOT, capture_output=True, text=True).stdout.split()
+        wanted = wanted or ["mingpt/model.py", "projects/adder/adder.py", "tests/common.py", "demo.ipynb", "requirements.txt"]
+        self.assertLessEqual(set(wanted), held)
+
+
+if __name__ == "__main__":
+    unittest.main()
