@@ -1,5 +1,6 @@
 """What surrounds the code: its version, its types, the source distribution that is made of it."""
 
+import ast
 import importlib.util
 import re
 import subprocess
@@ -9,6 +10,16 @@ import unittest
 
 import mingpt
 from common import ROOT, Folder, run_python
+
+def imported(nodes) -> set[str]:
+    """The packages that some nodes of a syntax tree import."""
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.partition(".")[0])
+    return names
 
 
 class Package(Folder):
@@ -20,13 +31,12 @@ class Package(Folder):
     def test_requirements_are_what_is_imported(self):
         names = re.findall(r"^\w+", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
         self.assertEqual(sorted(names), ["numpy", "regex", "requests", "torch"])
-        extras = {"tqdm", "huggingface_hub", "safetensors"} # where they are needed, and with an error that names the command
+        known = {*sys.stdlib_module_names, *names, "mingpt"}
+        extras = {"tqdm", "huggingface_hub", "safetensors"} # in the function that needs them, with an error that says what to install
         for path in sorted((ROOT / "mingpt").glob("*.py")):
-            text = path.read_text(encoding="utf-8")
-            at_the_top = set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE))
-            anywhere = set(re.findall(r"^ *(?:import|from) (\w+)", text, re.MULTILINE))
-            self.assertLessEqual(at_the_top, {*sys.stdlib_module_names, *names, "mingpt"}, path.name)
-            self.assertLessEqual(anywhere, {*sys.stdlib_module_names, *names, *extras, "mingpt"}, path.name)
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            self.assertLessEqual(imported(tree.body), known, path.name)
+            self.assertLessEqual(imported(ast.walk(tree)), known | extras, path.name)
 
     @unittest.skipUnless(importlib.util.find_spec("mypy"), "mypy is not installed")
     def test_types(self):

@@ -1,9 +1,11 @@
 """The projects, run as a user runs them: as scripts, from any folder."""
 
+import contextlib
 import copy
 import hashlib
 import io
 import json
+import logging
 import os
 import sys
 import unittest
@@ -14,6 +16,8 @@ import numpy as np
 import torch
 
 from common import ROOT, Folder, Server, run_python, tiny_config
+from mingpt.trainer import Trainer
+from mingpt.utils import run_script
 
 ADDER, CHARGPT = ROOT / "projects" / "adder" / "adder.py", ROOT / "projects" / "chargpt" / "chargpt.py"
 
@@ -141,10 +145,203 @@ class CharGPT(Scripts):
         last = [[line for line in printed.splitlines() if line.startswith("validation loss")] for printed in (whole, resumed)]
         self.assertEqual(last[0], last[1])
 
+    @unittest.skipIf(os.name == "nt", "torchrun needs a torch with libuv")
     def test_two_processes(self):
         printed = run_python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", CHARGPT, *self.TINY,
                              cwd=self.folder, OMP_NUM_THREADS="1").stdout
         self.assertEqual(printed.count("the model is in"), 1)
+
+
+def contents(folder) -> dict:
+    return {path.relative_to(folder).as_posix(): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+class InProcess(Folder):
+    """Scripts that run in this process: a hundred of their own would take minutes."""
+
+    TINY = ("--data.path=in.txt", "--data.block_size=8", "--model.n_layer=1", "--model.n_head=1", "--model.n_embd=8",
+            "--trainer.max_iters=2", "--trainer.eval_batches=1", "--system.length=4", "--system.work_dir=run")
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
+        (self.folder / "in.txt").write_text('the "def" of 2024\n' * 40, encoding="utf-8")
+        (self.folder / "folder").mkdir()
+        (self.folder / "file").write_text("in the way", encoding="utf-8")
+        self.addCleanup(self.close_log)
+        self.patch(mock.patch.dict(os.environ, MINGPT_TRACEBACK=""))
+
+    def close_log(self):
+        for handler in logging.getLogger("mingpt").handlers[1:]:
+            logging.getLogger("mingpt").removeHandler(handler)
+            handler.close()
+
+    def run_main(self, module, *args) -> tuple:
+        """Its exit status, and what it writes to stderr and stdout."""
+        printed, errors = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO()
+        argv = mock.patch.object(sys, "argv", [module.__file__, *args])
+        with argv, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+            try:
+                run_script(module.main)
+                status = 0
+            except SystemExit as left:
+                status = left.code
+            printed.flush()
+        self.close_log()
+        return status, errors.getvalue(), printed.buffer.getvalue().decode("utf-8")
+
+    def runs(self, module, *args) -> str:
+        status, errors, printed = self.run_main(module, *args)
+        self.assertEqual((status, errors), (0, ""), args)
+        return printed
+
+    def refused(self, message, module, *args):
+        """One line and nothing else, and no file has changed."""
+        before = contents(self.folder)
+        with self.subTest(module=module.__name__, args=str(args)[-100:]):
+            status, errors, printed = self.run_main(module, *args)
+            self.assertEqual((status, errors.count("\n"), printed), (2, 1, ""), errors)
+            self.assertRegex(errors, f"^error: .*{message}")
+            self.assertLess(len(errors), 700)
+            self.assertEqual(contents(self.folder), before)
+
+
+class CommandLines(InProcess):
+    def test_what_both_refuse(self):
+        deep, long = "[" * 100_000, "9" * 5000
+        for arg, message in (
+            *((f"--trainer.{name}={value}", f"got {name}=") for name, values in dict(
+                grad_accum_steps=(0, -2), batch_size=(0, -8), max_iters=(0, -1), eval_batches=(0,), log_interval=(-1,), eval_interval=(-1,),
+                checkpoint_interval=(-1,), num_workers=(-1,), warmup_iters=(-1,), lr_decay_iters=(-1, "soon"), grad_norm_clip=(-1,),
+                weight_decay=(-0.1,), learning_rate=(-1,), min_lr=(-1,), seed=(-1, "x"), schedule=("step", "None"), dtype=("float8", ""),
+                betas=("(0.9,)", "(0.9,1.5)", "(-0.1,0.9)", "('a','b')", "((1,2),(3,4))", "(0.9,0.99,0.999)"),
+                device=("cuda:99", "gpu", "meta", "hpu", "")).items() for value in values),
+            ("--trainer.batch_size=30", "batch_size=30, expected a multiple of 4"), ("--trainer.max_iters=1.5", "type int"),
+            ("--trainer.max_iters=many", "type int"), ("--trainer.max_iters=True", "type int"), ("--trainer.max_iters=", "type int"),
+            ("--trainer.max_iters", "without a value"), ("--trainer.max_iters=1e999", "type int"), (f"--trainer.max_iters={long}", "type int"),
+            (f"--trainer.max_iters={deep}", "type int"), (f"--trainer.betas={deep}", "type tuple"), ("--trainer.betas=0.9", "type tuple"),
+            ("--trainer.learning_rate=1e999", "type float"), ("--trainer.learning_rate=nan", "type float"),
+            (f"--trainer.learning_rate={long}", "type float"), ("--trainer.resume=maybe", "type bool"),
+            ("--trainer.resume=True", "no checkpoint at run"), ("--system.seed=-1", "[Ss]eed"), ("--system.seed=1.5", "type int"),
+            ("--system.work_dir=", "empty work_dir"), ("--system.work_dir=None", "empty work_dir"), ("--system.work_dir=file", "file"),
+            ("--system.work_dir=file/run", "file"), ("--system.work_dir=a\0b", "null"),
+            ("--trainer.work_dir=x", "no setting --trainer.work_dir"), # it would be overwritten
+            ("--model.vocab_size=3", "no setting --model.vocab_size"), ("--model.block_size=3", "no setting --model.block_size"),
+            ("--model.embd_pdrop=2", "embd_pdrop=2.0, expected a share"), ("--model.attn_pdrop=-1", "attn_pdrop=-1"),
+            ("--model.model_type=gpt9", "unknown model_type 'gpt9'.*gpt-nano"), ("--model.gelu_approximate=x", "gelu_approximate='x'"),
+            ("--model.tie_weights=2", "type bool"), ("--model=3", "no setting --model"), ("--model.n_layer=-1", "n_layer=-1"),
+            ("--sistem.seed=3", "did you mean --system.seed"), ("seed=3", "no setting seed"), ("--", "no setting --"), ("", "no setting"),
+        ):
+            for module, tiny in ((adder, ("--data.ndigit=1", "--system.work_dir=run", "--trainer.grad_accum_steps=4")),
+                                 (chargpt, (*self.TINY, "--trainer.grad_accum_steps=4"))):
+                self.refused(message, module, *tiny, arg)
+
+    def test_what_one_refuses(self):
+        for arg, message in (("--data.ndigit=0", "ndigit=0"), ("--data.ndigit=10", "ndigit=10"), ("--data.ndigit=two", "type int"),
+                             ("--data.reverse=2", "type bool"), ("--model.n_layer=4", "'gpt-nano' means n_layer=3, but n_layer=4"),
+                             ("--data.block_size=3", "no setting --data.block_size"), ("--system.prompt=x", "no setting --system.prompt")):
+            self.refused(message, adder, arg)
+        for arg, message in (
+            ("--data.path=folder", "no text file folder$"), ("--data.path=nothing.txt", "no text file nothing.txt$"),
+            ("--data.path=tinyshakespear", "did you mean tinyshakespeare"), ("--data.path=Text8", "did you mean text8"),
+            ("--data.path=enwik9", "did you mean enwik8"), ("--data.block_size=0", "block_size=0"), ("--data.block_size=-3", "block_size=-3"),
+            ("--data.block_size=1e12", "block_size of 1000000000000"), ("--data.block_size=2.5", "type int"),
+            ("--model.n_head=3", "n_embd=8, expected a multiple of n_head=3"), ("--model.model_type=gpt-nano", "means n_layer=3, but n_layer=1"),
+            ("--trainer.optimizer=sgd", "optimizer=sgd, expected muon or adamw"), ("--system.mode=chat", "mode='chat', expected train or sample"),
+            ("--system.length=-1", "length=-1"), ("--system.temperature=-1", "temperature=-1"), ("--system.temperature=1e999", "type float"),
+            ("--system.prompt=xyz", "the prompt has 'x', 'y', 'z', which the model has never seen$"),
+        ):
+            self.refused(message, chargpt, *self.TINY, arg)
+
+    def test_presets(self):
+        sizes = ("--model.n_layer=3", "--model.n_head=3", "--model.n_embd=48") # those of gpt-nano may be given, too
+        others = [arg for arg in self.TINY if not arg.startswith("--model")]
+        for given in ((), sizes):
+            self.runs(chargpt, *others, "--model.model_type=gpt-nano", *given)
+            model = json.loads((self.folder / "run" / "config.json").read_text(encoding="utf-8"))["model"]
+            self.assertEqual((model["model_type"], model["n_layer"], model["n_head"], model["n_embd"]), ("gpt-nano", 3, 3, 48))
+        self.refused("'gpt-nano' means n_layer=3, but n_layer=4", chargpt, *others, "--model.model_type=gpt-nano", "--model.n_layer=4")
+        self.runs(chargpt, *others, "--model.n_embd", "16", "--model.model_type", "gpt") # a name that says nothing of sizes
+        model = json.loads((self.folder / "run" / "config.json").read_text(encoding="utf-8"))["model"]
+        self.assertEqual((model["n_layer"], model["n_head"], model["n_embd"]), (4, 4, 16))
+
+    def test_prompts_are_texts_as_typed(self):
+        self.runs(chargpt, *self.TINY)
+        for prompt, start in (("2024", "2024"), ('"def"', '"def"'), (r"of\nthe", "of\nthe"), ("20", "20"), (r"\n", "\n"), ("4e2", "4e2")):
+            for args in ([f"--system.prompt={prompt}"], ["--system.prompt", prompt]):
+                printed = self.runs(chargpt, "--system.mode=sample", "--system.work_dir=run", "--system.length=3", *args)
+                self.assertTrue(printed.startswith(start), printed)
+                self.assertEqual(len(printed), len(start) + 3 + 1)
+
+    def test_a_text_with_a_backslash_and_an_n_but_no_newline(self):
+        (self.folder / "in.txt").write_bytes(rb"one\ntwo\n" * 60)
+        self.runs(chargpt, *self.TINY, "--data.block_size=40")
+
+    def test_marks_and_line_ends_of_other_systems_are_no_characters(self):
+        (self.folder / "in.txt").write_bytes("\ufeffone\r\ntwo\r\n".encode("utf-8"))
+        chars, codes = chargpt.load_text("in.txt")
+        self.assertEqual("".join(chars[code] for code in codes), "one\ntwo\n")
+
+    def test_a_terminal_without_utf8(self):
+        (self.folder / "in.txt").write_text("Größe! 世界\n" * 40, encoding="utf-8")
+        self.runs(chargpt, *self.TINY)
+        result = run_python(CHARGPT, "--system.mode=sample", "--system.work_dir=run", "--system.prompt=Größe! 世", cwd=self.folder,
+                            PYTHONUTF8="1", PYTHONIOENCODING="ascii")
+        self.assertEqual((result.stdout[:8], result.stderr), ("Gr??e! ?", ""))
+
+
+class Resume(InProcess):
+    def test_a_refused_resume_touches_nothing(self):
+        self.runs(chargpt, *self.TINY)
+        shown = self.runs(chargpt, "--system.mode=sample", "--system.work_dir=run")
+        (self.folder / "other.txt").write_text('thE "dEf" of 2024\n' * 40, encoding="utf-8") # as many characters, but others
+        (self.folder / "more.txt").write_text('the "def" of 2024!\n' * 40, encoding="utf-8")
+        more = (*self.TINY, "--trainer.resume=True", "--trainer.max_iters=4")
+        for arg, message in (("--data.path=other.txt", "run.checkpoint.pt is a checkpoint of another model: _extra_state"),
+                             ("--data.path=more.txt", "another model"), ("--model.n_layer=2", "another model.*more"),
+                             ("--trainer.optimizer=adamw", "another optimizer"), ("--trainer.dtype=float16", "float16 only resumes float16"),
+                             ("--trainer.max_iters=2", "has 2 steps already and max_iters=2; raise it"), ("--trainer.max_iters=1", "max_iters=1"),
+                             ("--system.prompt=xyz", "the prompt has"), ("--data.path=nothing", "no text file"), ("--trainer.betas=(1,2)", "betas")):
+            self.refused(message, chargpt, *more, arg)
+        self.assertEqual(self.runs(chargpt, "--system.mode=sample", "--system.work_dir=run"), shown)
+
+        checkpoint = self.folder / "run" / "checkpoint.pt"
+        good = checkpoint.read_bytes()
+        weights = torch.load(checkpoint, weights_only=True)["model"]["transformer.wte.weight"].numpy().tobytes()
+        place = good.index(weights) + 5
+        checkpoint.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1:]) # bit rot
+        self.refused("run.checkpoint.pt is damaged", chargpt, *more)
+        self.refused("run.checkpoint.pt is damaged", chargpt, "--system.mode=sample", "--system.work_dir=run")
+
+    def test_an_accepted_one_notes_its_command_line_and_the_new_settings(self):
+        for max_iters, more in ((2, ()), (4, ("--trainer.resume=True", "--trainer.weight_decay=0.3", "--trainer.seed=8"))):
+            with self.assertLogs("mingpt", "INFO") as logged:
+                self.runs(chargpt, *self.TINY, f"--trainer.max_iters={max_iters}", *more)
+        printed = "\n".join(logged.output)
+        for line in ("weight_decay was 0.1, is 0.3", "seed was 3407, is 8", "max_iters was 2, is 4"):
+            self.assertIn(line, printed)
+        lines = (self.folder / "run" / "args.txt").read_text(encoding="utf-8").splitlines()
+        self.assertEqual(["resume" in line for line in lines], [False, True])
+        config = json.loads((self.folder / "run" / "config.json").read_text(encoding="utf-8"))
+        self.assertEqual(config["trainer"]["weight_decay"], 0.3)
+
+    def test_a_fresh_run_that_dies_at_once_is_not_the_old_one(self):
+        self.runs(chargpt, *self.TINY)
+        with mock.patch.object(Trainer, "_step", side_effect=ZeroDivisionError), self.assertRaises(ZeroDivisionError):
+            self.run_main(chargpt, *self.TINY, "--trainer.max_iters=8")
+        self.close_log()
+        self.refused("no checkpoint at run.checkpoint.pt", chargpt, *self.TINY, "--trainer.max_iters=8", "--trainer.resume=True")
+
+    def test_folders_that_hold_no_model_to_sample_from(self):
+        self.runs(adder, "--data.ndigit=1", "--trainer.max_iters=1", "--system.work_dir=sums")
+        self.refused("sums are not a model of this script", chargpt, "--system.mode=sample", "--system.work_dir=sums")
+        self.refused("no model in nowhere", chargpt, "--system.mode=sample", "--system.work_dir=nowhere")
+        self.runs(chargpt, *self.TINY)
+        config = self.folder / "run" / "config.json"
+        model = json.loads(config.read_text(encoding="utf-8"))["model"]
+        for text in ("{", "[]", "{}", '{"model": 3}', json.dumps({"model": model | {"n_layer": 2}})):
+            config.write_text(text, encoding="utf-8")
+            self.refused("run are not a model of this script", chargpt, "--system.mode=sample", "--system.work_dir=run")
 
 
 class Muon(unittest.TestCase):
