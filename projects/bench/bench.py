@@ -7,9 +7,9 @@ How fast minGPT is: beside other libraries, and beside what this machine can do 
     python projects/bench/bench.py --toy --rounds 1         # tiny sizes: does all of it run?
 
 Needs `pip install -e ".[bench]"` and 12 GB of memory; a library that is not installed is left out. All ways of a case
-take turns in one process, so that a busy machine slows all alike. Figures are medians of the rounds, with the fastest and the
-slowest. The limit of a case is the time of its matrix products and memory reads alone, at the rates that are measured in
-the same rounds. Writes PART.jsonl and PART.png to results beside this file, or to --out.
+take turns in one process, so that a busy machine slows all alike. Figures are medians of the rounds, with the fastest
+and the slowest. The limit of a case is the time of its matrix products and memory reads alone, at the rates that are
+measured in the same rounds. Writes PART.jsonl and PART.png to results beside this file, or to --out.
 """
 
 import argparse
@@ -385,6 +385,7 @@ def plot(rows: list[dict], path: Path) -> None:
             panel.errorbar(points, values, spread, marker="o")
             panel.loglog()
             panel.set_xticks(points, names)
+            panel.set_yticks(values[::len(values) - 1], [f"{value:,.3g}" for value in values[::len(values) - 1]])
             panel.minorticks_off()
             panel.set_ylabel(own[0]["unit"])
         else:
