@@ -14,7 +14,6 @@ import atexit
 import contextlib
 import itertools
 import json
-import logging
 import math
 import os
 import pickle
@@ -32,17 +31,14 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from mingpt.utils import FIRST, CfgNode, check_config, eval_mode, naming, progress, replacing
-
-logger = logging.getLogger(__name__)
+from mingpt.utils import FIRST, CfgNode, check_config, eval_mode, logger, naming, progress, replacing
 
 RULES = ( # fields of the configuration, a test of their values, what is expected
     ("batch_size grad_accum_steps", lambda v: v >= 1 and v == int(v), "a whole number from 1 on"),
     ("max_iters eval_batches", lambda v: v is None or v >= 1 and v == int(v), "a whole number from 1 on, or None"),
     ("num_workers", lambda v: 0 <= v <= 256 and v == int(v), "a whole number from 0 to 256"),
-    ("warmup_iters log_interval eval_interval checkpoint_interval", lambda v: v >= 0 and v == int(v),
-     "a whole number, 0 or more"),
-    ("lr_decay_iters seed", lambda v: v is None or v >= 0 and v == int(v), "a whole number, 0 or more, or None"),
+    ("warmup_iters log_interval eval_interval checkpoint_interval", lambda v: v >= 0 and v == int(v), "a whole number"),
+    ("lr_decay_iters seed", lambda v: v is None or v >= 0 and v == int(v), "a whole number or None"),
     ("learning_rate min_lr weight_decay grad_norm_clip", lambda v: 0 <= v < math.inf, "0 or more"),
     ("betas", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v), "two numbers from 0 to below 1"),
     ("dtype", lambda v: v in ("auto", "float32", "bfloat16", "float16"), "auto, float32, bfloat16 or float16"),
@@ -52,7 +48,7 @@ RULES = ( # fields of the configuration, a test of their values, what is expecte
 class Trainer:
     """Trains a model on a dataset; see run() for how."""
 
-    events: tuple[str, ...] = ("on_train_start", "on_batch_end", "on_eval_end", "on_train_end") # a subclass may have more
+    events: tuple[str, ...] = ("on_train_start", "on_batch_end", "on_eval_end", "on_train_end") # subclasses add more
 
     @staticmethod
     def get_default_config() -> CfgNode:
@@ -89,14 +85,20 @@ class Trainer:
     def __init__(self, config: CfgNode, model: torch.nn.Module, train_dataset, val_dataset=None):
         """Moves the model to its device and, with config.resume, loads the checkpoint. ValueError for bad settings."""
         for name, value in vars(self.get_default_config()).items():
-            vars(config).setdefault(name, value) # a configuration made by hand may lack some
+            if not hasattr(config, name): # a configuration made by hand may lack some
+                setattr(config, name, value)
         check_config(config, RULES)
         self.config, self.model = config, model
         self.train_dataset, self.val_dataset = train_dataset, val_dataset
         self.callbacks: dict[str, list[Callable]] = {event: [] for event in self.events}
+        self._folder = Path(config.work_dir or ".")
         self._find_place()
         self.model.to(self.device)
-        self.optimizer = getattr(model, "configure_optimizers", self._configure_adamw)(config)
+        if configure := getattr(model, "configure_optimizers", None):
+            self.optimizer = configure(config)
+        else:
+            self.optimizer = torch.optim.AdamW(
+                model.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.dtype == torch.float16)
         self.seed = torch.initial_seed() if config.seed is None else config.seed
         if self.rank > 0:
@@ -113,10 +115,7 @@ class Trainer:
         self._in_step = False # is step iter_num under way?
         self._first_iter = 0 # where the next run() begins
         if config.resume:
-            self.load_checkpoint(self._path("checkpoint.pt"))
-
-    def _configure_adamw(self, config: CfgNode) -> torch.optim.AdamW: # for models that choose no optimizer
-        return torch.optim.AdamW(self.model.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay)
+            self.load_checkpoint(self._folder / "checkpoint.pt")
 
     def _find_place(self) -> None:
         """Settles the device, the precision and the part of the batch that this process takes."""
@@ -164,7 +163,6 @@ class Trainer:
         self._callbacks_at(onevent)[:] = [callback]
 
     def trigger_callbacks(self, onevent: str) -> None:
-        """Calls the callbacks of an event."""
         for callback in self._callbacks_at(onevent):
             callback(self)
 
@@ -194,13 +192,14 @@ class Trainer:
                     self._evaluate_and_keep_best()
                 if self.config.work_dir and (done or stop or self._due("checkpoint", done)):
                     self._check_finite()
-                    self.save_checkpoint(self._path("checkpoint.pt"))
+                    self.save_checkpoint(self._folder / "checkpoint.pt")
                 self._logged_time += time.time() - self.iter_time # what came after the step is no part of its speed
                 self.iter_time = time.time()
                 if stop:
-                    saved = "; the checkpoint is saved, --trainer.resume=True continues" * bool(self.config.work_dir)
-                    logger.info(f"stopped after step {self.iter_num}{saved}")
-                    raise KeyboardInterrupt if signals and signals[0][0] == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
+                    end = "; the checkpoint is saved, --trainer.resume=True continues" if self.config.work_dir else ""
+                    logger.info(f"stopped after step {self.iter_num}{end}")
+                    interrupted = signals and signals[0][0] == signal.SIGINT
+                    raise KeyboardInterrupt if interrupted else SystemExit(128 + signal.SIGTERM)
         self.trigger_callbacks("on_train_end")
 
     def _due(self, what: str, last: bool) -> bool:
@@ -211,13 +210,11 @@ class Trainer:
         self.iter_num, self._first_iter = self._first_iter, 0
         if self.config.work_dir and FIRST and self.iter_num == 0:
             for name in ("checkpoint.pt", "best.pt", "metrics.jsonl"): # of an earlier run, which is not to be resumed
-                if self._path(name).exists():
-                    os.replace(self._path(name), self._path(name + ".old"))
+                if (self._folder / name).exists():
+                    os.replace(self._folder / name, self._folder / f"{name}.old")
         self._network: Callable = self.model
-        self._no_sync: Callable = contextlib.nullcontext
         if self.world_size > 1:
-            self._network = ddp = torch.nn.parallel.DistributedDataParallel(self.model)
-            self._no_sync = ddp.no_sync
+            self._network = torch.nn.parallel.DistributedDataParallel(self.model)
         if self.config.compile:
             self._network = torch.compile(self._network)
         self._logged_iter, self._logged_time = self.iter_num, time.time() # of the last log line
@@ -225,7 +222,7 @@ class Trainer:
         self.model.train()
 
     def _step(self) -> None:
-        """A step along the gradient of the mean loss over a batch, which is computed micro-batch by micro-batch."""
+        """A step along the gradient of the mean loss of a batch, computed micro-batch by micro-batch."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.iter_num)
         batches = [next(self._batches) for _ in range(self.config.grad_accum_steps)]
@@ -235,8 +232,9 @@ class Trainer:
         self.loss, self.grad_norm = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         if total == 0:
             return # nothing to learn from
-        for i, ((x, y), count) in enumerate(zip(batches, counts)):
-            with contextlib.nullcontext() if i == len(batches) - 1 else self._no_sync(): # the last averages over processes
+        no_sync = getattr(self._network, "no_sync", contextlib.nullcontext)
+        for i, ((x, y), count) in enumerate(zip(batches, counts), start=1):
+            with no_sync() if i < len(batches) else contextlib.nullcontext(): # the last one averages over processes
                 _, loss = self._compute(self._network, x, y)
                 loss = loss * (self.world_size * count / total) # its share of the mean over all targets of the step
                 self.scaler.scale(loss).backward()
@@ -254,7 +252,7 @@ class Trainer:
             return network(x, y)
 
     def learning_rate(self, iteration: int) -> float:
-        """The rate of a step: linear warm-up, then constant, or a decay to min_lr (GPT-3, Brown et al. 2020, appendix B)."""
+        """The rate of a step: linear warm-up, then constant or decaying (GPT-3, Brown et al. 2020, appendix B)."""
         config = self.config
         if iteration < config.warmup_iters:
             return config.learning_rate * (iteration + 1) / config.warmup_iters
@@ -280,7 +278,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, dataset, max_batches: int | None = None) -> float:
-        """The mean loss over a dataset, or over max_batches batches spread evenly through it. All processes must call it."""
+        """The mean loss over a dataset, or over max_batches batches spread evenly through it; all processes call it."""
         if (size := len(dataset)) == 0:
             raise ValueError("there is no example to evaluate")
         count = size if max_batches is None else min(size, max_batches * self.config.batch_size)
@@ -302,18 +300,14 @@ class Trainer:
         if self.val_loss < self.best_loss:
             self.best_loss = self.val_loss
             if self.config.keep_best:
-                self.save_checkpoint(self._path("best.pt"))
+                self.save_checkpoint(self._folder / "best.pt")
         self.trigger_callbacks("on_eval_end")
 
     def _check_finite(self) -> None:
         bad = not math.isfinite(self.loss) or (self.dtype != torch.float16 and not math.isfinite(self.grad_norm))
         if self._sum(bad): # a float16 gradient may overflow: the scaler skips that step
             raise ValueError(f"the loss is {float(self.loss)}, the gradient norm {float(self.grad_norm)} at step "
-                             f"{self.iter_num}: training has diverged. Try a lower learning_rate, more warmup_iters or a "
-                             "smaller grad_norm_clip. The last checkpoint is from before")
-
-    def _path(self, name: str) -> Path:
-        return Path(self.config.work_dir) / name
+                             f"{self.iter_num}; try a lower learning_rate or grad_norm_clip, or more warmup_iters")
 
     def _report(self) -> None:
         """One line for people, one row for metrics.jsonl."""
@@ -333,8 +327,8 @@ class Trainer:
     def write_metrics(self, **row) -> None:
         """Adds a row to metrics.jsonl in work_dir, if there is one; callbacks may add their own."""
         if self.config.work_dir and FIRST:
-            self._path("").mkdir(parents=True, exist_ok=True)
-            path = self._path("metrics.jsonl")
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / "metrics.jsonl"
             with naming(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"iteration": self.iter_num + self._in_step, **row}) + "\n")
 
@@ -354,8 +348,9 @@ class Trainer:
 
     def _settings(self) -> dict:
         """The settings of now, for comparison with those of a checkpoint."""
-        config = json.loads(json.dumps(self.config.to_dict() | {"seed": self.seed}, default=str))
-        return dict(config=config, groups=[[len(group["params"]), *sorted(group)] for group in self.optimizer.param_groups])
+        config = {name: getattr(self.config, name) for name in vars(self.get_default_config())} | {"seed": self.seed}
+        groups = [[len(group["params"]), *sorted(group)] for group in self.optimizer.param_groups]
+        return dict(config=json.loads(json.dumps(config, default=str)), groups=groups)
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Goes back to where save_checkpoint was called; run() continues from there, with the settings of now.
@@ -364,31 +359,31 @@ class Trainer:
         """
         checkpoint, now = read_checkpoint(path), self._settings()
         then, done = checkpoint["config"], checkpoint["iter_num"]
-        _check_same_tensors(checkpoint["model"], self.model.state_dict(), path)
+        _check_same_model(checkpoint["model"], self.model.state_dict(), path)
         if checkpoint["groups"] != now["groups"]:
             raise ValueError(f"{path} was written with another optimizer; resume with the one that it has")
         if bool(checkpoint["scaler"]) != self.scaler.is_enabled():
-            raise ValueError(f"{path} has dtype={then['dtype']}, now it is {self.config.dtype}; float16 only resumes float16")
+            raise ValueError(f"{path} has dtype={then['dtype']}, now it is {self.config.dtype}; take the same")
         if self.config.resume and done >= (self.config.max_iters or math.inf):
-            raise ValueError(f"{path} has {done} steps already and max_iters={self.config.max_iters}; raise it to train on")
-        betas_and_decay = [{key: group[key] for key in ("betas", "weight_decay") if key in group}
-                           for group in self.optimizer.param_groups]
+            raise ValueError(f"{path} has {done} steps already and max_iters={self.config.max_iters}; raise it")
+        groups = [group.copy() for group in self.optimizer.param_groups]
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, settings in zip(self.optimizer.param_groups, betas_and_decay): # the new ones apply
-            group.update(settings)
+        for group, new in zip(self.optimizer.param_groups, groups):
+            group.update({key: new[key] for key in ("betas", "weight_decay") if key in new})
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.iter_num = self._first_iter = done
         self.best_loss, self.elapsed = checkpoint["best_loss"], checkpoint["elapsed"]
         if self.seed == then["seed"] and self.rank < len(checkpoint["random_states"]): # there may be more processes now
             self._set_random_state(checkpoint["random_states"][self.rank])
         logger.info(f"going on from {path} after step {done}")
-        for name in then.keys() & now["config"].keys() - {"resume"}:
-            if then[name] != now["config"][name]:
-                logger.info(f"{name} was {then[name]}, is {now['config'][name]}")
-        if self.config.work_dir and FIRST and self._path("metrics.jsonl").exists():
-            rows = self._path("metrics.jsonl").read_bytes().splitlines(keepends=True)
-            with replacing(self._path("metrics.jsonl")) as part: # without the steps that will be taken again
+        for name, value in now["config"].items():
+            if name != "resume" and then.get(name, value) != value:
+                logger.info(f"{name} was {then[name]}, is {value}")
+        metrics = self._folder / "metrics.jsonl"
+        if self.config.work_dir and FIRST and metrics.exists():
+            rows = metrics.read_bytes().splitlines(keepends=True)
+            with replacing(metrics) as part: # without the steps that will be taken again
                 part.write_bytes(b"".join(row for row in rows if _is_row(row, done)))
 
     def _random_state(self) -> dict:
@@ -406,24 +401,22 @@ class Trainer:
         if self.device_type != "cpu" and self.device_type in state:
             torch.get_device_module(self.device_type).set_rng_state(state[self.device_type])
 
-# -----------------------------------------------------------------------------
-
 def _count_targets(y: torch.Tensor) -> int:
     """How many targets count: all but the integers -1."""
     return y.numel() if y.is_floating_point() else int((y != -1).sum())
 
 def _collate(batch):
-    """Examples to a batch; the __getitems__ of a dataset may have built the batch, a tuple of tensors, already."""
+    """Examples to a batch, unless the __getitems__ of the dataset has built it: a tuple of tensors."""
     return batch if isinstance(batch, tuple) else torch.utils.data.default_collate(batch)
 
 def _ignore_signals(worker: int) -> None:
-    """For processes that load data: they end with the trainer, which needs them until it has finished its step."""
+    """For processes that load data: the trainer needs them until it has finished its step, and ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 @contextlib.contextmanager
 def _noting_signals():
-    """Yields a list in which Ctrl-C and SIGTERM are noted, for the loop to finish its step; a second one is obeyed at once."""
+    """Yields a list that notes Ctrl-C and SIGTERM, for the loop to finish its step; a second one ends it at once."""
     received, before = [], {}
 
     def note(number, _frame):
@@ -456,15 +449,15 @@ def read_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path} is no checkpoint of this trainer")
     return checkpoint
 
-def _check_same_tensors(saved: dict, own: dict, path: str | Path) -> None:
+def _check_same_model(saved: dict, own: dict, path: str | Path) -> None:
     """Raises ValueError unless both have the same names, shapes, and values of what is no tensor."""
-    saved, own = ({name: str(tuple(value.shape)) if isinstance(value, torch.Tensor) else repr(value)
+    saved, own = ({name: tuple(value.shape) if isinstance(value, torch.Tensor) else value
                    for name, value in state.items()} for state in (saved, own))
-    differing = [f"{name}: {saved.get(name, 'nothing')[:80]} in the file, {own.get(name, 'nothing')[:80]} in the model"
-                 for name in sorted({*saved, *own}) if saved.get(name) != own.get(name)]
-    if differing:
-        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise ValueError(f"{path} is a checkpoint of another model: {'; '.join(differing[:5])}{more}")
+    if differing := sorted(name for name in {*saved, *own} if saved.get(name) != own.get(name)):
+        name = differing[0]
+        there, here = (str(state.get(name, "nothing"))[:80] for state in (saved, own))
+        raise ValueError(f"{path} is a checkpoint of another model: {name}: {there} in the file, {here} in the model, "
+                         f"and {len(differing) - 1} more")
 
 def _is_row(line: bytes, iter_num: int) -> bool:
     """Whether a line of metrics.jsonl is whole, and of the first iter_num steps."""
