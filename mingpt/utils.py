@@ -34,7 +34,6 @@ class CfgNode(SimpleNamespace):
     """
 
     def __str__(self) -> str:
-        """One line per field, `a.b = value`."""
         return "\n".join(f"{name} = {value!r}" for name, value in self.fields().items())
 
     def to_dict(self) -> dict:
@@ -97,11 +96,11 @@ def _parse(name: str, text: str, default):
     if isinstance(default, (tuple, list)) and isinstance(value, (tuple, list)):
         value = type(default)(value)
     if type(value) is not type(default) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"--{name} takes a value of type {type(default).__name__} such as {default!r}, got {text[:80]!r}")
+        raise ValueError(f"--{name} takes a value of type {type(default).__name__} like {default!r}, got {text[:80]!r}")
     return value
 
 def check_config(config: CfgNode, rules) -> None:
-    """Raises ValueError for the first field that breaks its rule, (names of fields, test of a value, what is expected)."""
+    """Raises ValueError for the first field that breaks its rule: (names of fields, test of a value, expectation)."""
     for names, test, expected in rules:
         for name in names.split():
             try:
@@ -129,7 +128,7 @@ if not logger.handlers:
     logger.propagate = False
 
 def setup_logging(config: CfgNode) -> None:
-    """Also writes the log to log.txt in config.system.work_dir; there are args.txt and config.json to repeat the run by."""
+    """Also writes the log to log.txt in config.system.work_dir, and to args.txt and config.json what repeats it."""
     if not config.system.work_dir:
         raise ValueError("got an empty work_dir, expected the name of a folder for the log and the model")
     if FIRST:
@@ -140,10 +139,10 @@ def setup_logging(config: CfgNode) -> None:
             file.write(shlex.join(sys.argv) + "\n")
         with replacing(work_dir / "config.json") as part:
             part.write_text(json.dumps(config.to_dict(), indent=4, default=str) + "\n", encoding="utf-8")
-        logger.handlers[1:] = [logging.FileHandler(work_dir / "log.txt", encoding="utf-8")] # replaces that of an earlier call
+        logger.handlers[1:] = [logging.FileHandler(work_dir / "log.txt", encoding="utf-8")] # in place of an earlier one
 
 def progress(items, label: str, total: int):
-    """Yields the items and shows how far it is if that takes long; the package tqdm does so, if it is installed."""
+    """Yields the items, and shows how far it is if that takes long and the package tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -179,8 +178,8 @@ def naming(path: str | Path):
 def replacing(path: str | Path):
     """Yields a path beside `path` to write to; it replaces `path` when the block ends without an error.
 
-    So a reader sees the old file or the new one, never half of one, also after a crash or on a full disk. A file has one
-    writer at a time: what a killed one left behind is removed.
+    So nobody ever sees half a file, not even after a crash. A file has one writer at a time: what a killed one left
+    behind is removed.
     """
     path = Path(path)
     for left in path.parent.glob(glob.escape(path.name) + ".*.tmp"):
@@ -196,7 +195,7 @@ def replacing(path: str | Path):
         part.unlink(missing_ok=True)
 
 def run_script(main) -> None:
-    """Calls main(command line). What a user can get wrong ends with a line `error: …`; MINGPT_TRACEBACK=1 shows where."""
+    """Calls main(command line); mistakes of a user end with a line `error: …`, and MINGPT_TRACEBACK=1 shows where."""
     sys.stdout.reconfigure(errors="replace") # type: ignore[union-attr] # a terminal may lack UTF-8
     try:
         main(sys.argv[1:])
