@@ -4,7 +4,7 @@ Models of the GPT-2 type, in and out: a folder on this machine, or a repository 
     model = GPT.from_pretrained('gpt2')         # or 'owner/repository' on the hub, or a folder
     model.save_pretrained('my-gpt2')            # from_pretrained reads it, and GPT2LMHeadModel of transformers
 
-A folder holds config.json and the weights, in one file, or in several with an index that says what is in which file.
+A folder holds config.json and the weights: one file, or several and an index that says what is in which.
 """
 
 import contextlib
@@ -39,8 +39,8 @@ CHOICES = { # what this model can be where models of the GPT-2 type differ, the 
 def load_pretrained(cls, name: str) -> Any:
     """Loads a model of class cls, in eval mode; its weights keep their precision and are read when they are first used.
 
-    name: a folder, 'owner/repository' or a key of HUB_NAMES. Raises FileNotFoundError if it is missing, ValueError for
-    files that are broken or of another kind of model, OSError if the hub fails, ImportError if a package is missing.
+    name: a folder, 'owner/repository' or a key of HUB_NAMES. FileNotFoundError if it is missing, ValueError if it is
+    broken or another kind of model, OSError if the hub fails, ImportError if a package is missing.
     """
     folder = _find_folder(os.fspath(name))
     given = _read_json(folder / "config.json")
@@ -125,15 +125,14 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     if path is None:
         raise FileNotFoundError(f"there are no weights in {folder}: none of {', '.join(names)}")
     index = _read_json(path).get("weight_map") if path.suffix == ".json" else {"": path.name}
-    inside = lambda file: isinstance(file, str) and Path(file).name == file
-    if not isinstance(index, dict) or not all(map(inside, index.values())):
+    if not isinstance(index, dict) or any(Path(str(file)).name != file for file in index.values()):
         raise ValueError(f"{path} has no weight_map, which names for each tensor a file in the same folder")
     tensors = {}
     for file in sorted(set(index.values())):
         tensors.update(_read_tensors(folder / file))
-    headless = not any(key.startswith("transformer.") for key in tensors) # saved by GPT2Model, as OpenAI's weights are
-    prefix = "transformer." if headless else ""
-    return path, {key if key.startswith("lm_head.") else prefix + key: tensor for key, tensor in tensors.items()}
+    if not any(key.startswith("transformer.") for key in tensors): # saved by GPT2Model, as OpenAI's weights are
+        tensors = {key if key.startswith("lm_head.") else f"transformer.{key}": tensors[key] for key in tensors}
+    return path, tensors
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
