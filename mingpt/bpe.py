@@ -89,7 +89,7 @@ class Encoder:
         self.cache = _Cache(self._encode_word)
 
     def encode(self, text: str, allowed_special: str | Iterable[str] = ()) -> list[int]:
-        """Text to tokens. '<|endoftext|>' in it is text like any other, unless allowed_special='<|endoftext|>' is given.
+        """Text to tokens. '<|endoftext|>' in it is text like any other, unless allowed_special names it.
 
         Half a surrogate pair, which UTF-8 cannot express, is read as U+FFFD. ValueError for an unknown special token.
         """
