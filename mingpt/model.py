@@ -173,9 +173,8 @@ class GPT(nn.Module):
         end = past + idx.size(1)
         if end > self.block_size:
             raise ValueError(f"got a sequence of {end} tokens, but block_size is {self.block_size}; shorten it")
-        tok_emb = self.transformer.wte(idx) # (B, T) -> (B, T, C)
-        pos_emb = self.transformer.wpe(torch.arange(past, end, device=idx.device)) # (T, C)
-        x = self.transformer.drop(tok_emb + pos_emb)
+        positions = torch.arange(past, end, device=idx.device) # (T,)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions)) # (B, T, C) + (T, C)
         for block in self.transformer.h:
             x = block(x, cache)
         if cache:

@@ -175,6 +175,8 @@ class Trainer:
         """Trains for max_iters steps, or from the checkpoint on if one was loaded."""
         self._begin()
         self.trigger_callbacks("on_train_start")
+        self._logged_iter, self._logged_time = self.iter_num, time.time() # of the last log line
+        self.iter_time = time.time()
         with _noting_signals() as signals, contextlib.closing(self._draw_batches(self.iter_num)) as self._batches:
             while self.config.max_iters is None or self.iter_num < self.config.max_iters:
                 self._in_step = True
@@ -217,8 +219,6 @@ class Trainer:
             self._network = torch.nn.parallel.DistributedDataParallel(self.model)
         if self.config.compile:
             self._network = torch.compile(self._network)
-        self._logged_iter, self._logged_time = self.iter_num, time.time() # of the last log line
-        self.iter_time = time.time()
         self.model.train()
 
     def _step(self) -> None:

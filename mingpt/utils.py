@@ -148,7 +148,7 @@ def progress(items, label: str, total: int):
     except ImportError:
         logger.info(f"{label} ...")
         return items
-    return tqdm(items, label, total, delay=2, leave=False, disable=not FIRST)
+    return tqdm(items, label, total, delay=2, leave=False, disable=None if FIRST else True) # None: only on a terminal
 
 _switching = threading.RLock() # all threads share the modes of a model
 
