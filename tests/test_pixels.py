@@ -18,7 +18,7 @@ import pixels
 
 def toy_gpt():
     torch.manual_seed(1)
-    return tiny_gpt(vocab_size=pixels.GREYS + 10, block_size=64)
+    return tiny_gpt(vocab_size=pixels.GREYS + 10 * len(pixels.MOVES), block_size=64)
 
 
 class Pictures(unittest.TestCase):
@@ -48,6 +48,13 @@ class Pictures(unittest.TestCase):
         self.assertEqual(x[:, 0].tolist(), [20, 26])
         self.assertEqual(y.flatten().tolist(), [i % 17 for i in range(128)])
         self.assertTrue(torch.equal(x[:, 1:], y[:, :-1]))
+        pictures, first = pixels.load_pictures(False)[0][:2], []
+        for way, (down, right) in enumerate(pixels.MOVES):
+            x, y = pixels.to_tokens(pictures, np.array([0, 9]), way)
+            self.assertEqual(y.tolist(), pixels.move(pictures, down, right).tolist())
+            first += x[:, 0].tolist()
+        self.assertEqual(len(set(first)), 18) # each digit and move has a token of its own
+        self.assertTrue(min(first) >= pixels.GREYS)
 
 
 class Scores(unittest.TestCase):
@@ -128,8 +135,8 @@ class Sheet(Folder):
 
 class Script(Folder):
     def test_trains_scores_and_draws(self):
-        printed = run_python(PIXELS, "--model.n_layer=1", "--model.n_head=1", "--model.n_embd=16", "--trainer.max_iters=20",
-                             "--trainer.eval_interval=0", cwd=self.folder).stdout
+        printed = run_python(PIXELS, "--model.n_layer=1", "--model.n_head=1", "--model.n_embd=16",
+                             "--trainer.max_iters=20", "--trainer.eval_interval=0", cwd=self.folder).stdout
         self.assertRegex(printed, r"pixel: \d\.\d{4}, told the digit \d\.\d{4}; "
                                   r"by place alone 2\.\d{4}, by neighbours alone 2\.\d{4}")
         self.assertRegex(printed, r"digits recognised: \d+\.\d\d%; logistic regression 9\d\.\d\d%")

@@ -19,21 +19,22 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
-from torch.utils.data import TensorDataset
+from torch.utils.data import ConcatDataset, TensorDataset
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "chargpt"))
-from muon import MuonGPT
 from mingpt.model import GPT
 from mingpt.trainer import Trainer
 from mingpt.utils import CfgNode, run_script, set_seed, setup_logging
 
+sys.path.append(str(Path(__file__).resolve().parents[1])) # where projects keep what they share
+from muon import MuonGPT
+
 logger = logging.getLogger("mingpt.pixels")
-GREYS = 17 # 0 is white, 16 is black; the token of the digit d is 17 + d
+GREYS = 17 # 0 is white, 16 is black
+MOVES = [(0, 0), (-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)] # pixels down and to the right
 HELD_OUT = 360 # pictures
 
 def get_config() -> CfgNode:
     C = CfgNode()
-
     C.system = CfgNode()
     C.system.seed = 3407
     C.system.work_dir = "./out/pixels" # where the log, the metrics, the model and the pictures go
@@ -48,9 +49,8 @@ def get_config() -> CfgNode:
     del C.trainer.work_dir # it is system.work_dir
     C.trainer.optimizer = "muon" # for the matrices of the blocks; 'adamw' for all
     C.trainer.max_iters, C.trainer.batch_size = 3000, 16
-    C.trainer.learning_rate, C.trainer.schedule = 1e-2, "linear"
-    C.trainer.betas = (0.9, 0.99)
-    C.trainer.eval_interval = 500
+    C.trainer.learning_rate, C.trainer.betas = 1e-2, (0.9, 0.99)
+    C.trainer.schedule, C.trainer.eval_interval = "linear", 500
 
     return C
 
@@ -65,9 +65,9 @@ def move(pictures: np.ndarray, down: int, right: int) -> np.ndarray:
     padded = np.pad(pictures.reshape(-1, 8, 8), ((0, 0), (1, 1), (1, 1))) # (N, 64) -> (N, 10, 10)
     return padded[:, 1 - down:9 - down, 1 - right:9 - right].reshape(-1, 64) # (N, 8, 8) -> (N, 64)
 
-def to_tokens(pictures: np.ndarray, digits: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model reads, the digit and all pixels but the last (N, 64), and what it predicts, the pixels (N, 64)."""
-    rows = torch.from_numpy(np.column_stack((GREYS + digits, pictures))) # (N, 65)
+def to_tokens(pictures: np.ndarray, digits: np.ndarray, way: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures, moved by MOVES[way]: x (N, 64), digit and move as one token, then pixels; y (N, 64), the pixels."""
+    rows = torch.from_numpy(np.column_stack((GREYS + 10 * way + digits, move(pictures, *MOVES[way])))) # (N, 65)
     return rows[:, :-1], rows[:, 1:]
 
 def count_bits(contexts: np.ndarray, pictures: np.ndarray) -> float:
@@ -115,7 +115,7 @@ def draw_sheet(path: Path, pictures: torch.Tensor, columns: list, rows: list) ->
     tiles = torch.full((len(rows), 9, len(columns), 9), math.nan) # the ninth line and the ninth column are gaps
     tiles[:, :8, :, :8] = pictures.unflatten(-1, (8, 8)).transpose(1, 2) # -> (rows, 8, columns, 8)
     grid = tiles.flatten(2).flatten(0, 1)[:-1, :-1] # (9 * rows - 1, 9 * columns - 1)
-    axes = Figure(figsize=(0.6 * len(columns) + 0.6, 0.6 * len(rows) + 0.3)).subplots()
+    axes = Figure(figsize=(0.7 * len(columns) + 0.6, 0.7 * len(rows) + 0.3)).subplots()
     axes.set_facecolor("lightsteelblue") # shows where the grid is nan
     axes.imshow(grid, cmap="gray_r", vmin=0, vmax=GREYS - 1)
     axes.set_xticks(9 * np.arange(len(columns)) + 3.5, columns)
@@ -147,11 +147,11 @@ def main(args: list[str]) -> None:
     config.merge_from_args(args)
     set_seed(config.system.seed)
     pictures, digits = load_pictures(config.system.validation)
-    ways = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)] + 7 * [(0, 0)] # half of the pictures stay
-    moved = np.concatenate([move(pictures[:-HELD_OUT], *way) for way in ways]) # (16 N, 64)
-    train_dataset = TensorDataset(*to_tokens(moved, np.tile(digits[:-HELD_OUT], len(ways))))
+    ways = [0] * 7 + [*range(len(MOVES))] # half of the pictures that it learns from are moved
+    parts = [to_tokens(pictures[:-HELD_OUT], digits[:-HELD_OUT], way) for way in ways]
+    train_dataset = ConcatDataset([TensorDataset(x, y) for x, y in parts])
     val_dataset = TensorDataset(*to_tokens(pictures[-HELD_OUT:], digits[-HELD_OUT:]))
-    config.model.vocab_size, config.model.block_size = GREYS + 10, 64
+    config.model.vocab_size, config.model.block_size = GREYS + 10 * len(MOVES), 64
     if config.trainer.lr_decay_iters is None:
         config.trainer.lr_decay_iters = config.trainer.max_iters
     config.trainer.work_dir = config.system.work_dir
