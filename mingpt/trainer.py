@@ -124,6 +124,8 @@ class Trainer:
         self.device = config.device
         if config.device == "auto":
             self.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        if self.world_size > 1 and self.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) # each process has a GPU
         try:
             probe = torch.zeros(1, device=self.device)
             probe.item() # fails on 'meta', which holds no numbers
@@ -140,8 +142,6 @@ class Trainer:
         if (config.resume or config.keep_best) and not config.work_dir:
             raise ValueError("resume and keep_best need a work_dir")
         if self.world_size > 1:
-            if self.device_type == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             if not dist.is_initialized():
                 dist.init_process_group() # gloo between processors, nccl between GPUs
                 atexit.register(dist.destroy_process_group)
