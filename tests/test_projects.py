@@ -107,7 +107,7 @@ class Adder(Scripts):
         self.fails(ADDER, "no setting --data.ndigits; did you mean --data.ndigit", "--data.ndigits=3")
         self.fails(ADDER, "--data.ndigit=0", "--data.ndigit=0")
         self.assertEqual(list(self.folder.iterdir()), []) # nothing was begun
-        self.assertIn("--trainer.max_iters=3000", self.run_script(ADDER, "--help").stdout)
+        self.assertIn("--trainer.max_iters=500", self.run_script(ADDER, "--help").stdout)
 
 
 class CharGPT(Scripts):
