@@ -299,7 +299,7 @@ class Resume(InProcess):
         more = (*self.TINY, "--trainer.resume=True", "--trainer.max_iters=4")
         for arg, message in (("--data.path=other.txt", "run.checkpoint.pt is a checkpoint of another model: _extra_state"),
                              ("--data.path=more.txt", "another model"), ("--model.n_layer=2", "another model.*more"),
-                             ("--trainer.optimizer=adamw", "another optimizer"), ("--trainer.dtype=float16", "float16 only resumes float16"),
+                             ("--trainer.optimizer=adamw", "another optimizer"), ("--trainer.dtype=float16", "has dtype=auto, now it is float16"),
                              ("--trainer.max_iters=2", "has 2 steps already and max_iters=2; raise it"), ("--trainer.max_iters=1", "max_iters=1"),
                              ("--system.prompt=xyz", "the prompt has"), ("--data.path=nothing", "no text file"), ("--trainer.betas=(1,2)", "betas")):
             self.refused(message, chargpt, *more, arg)

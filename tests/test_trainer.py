@@ -488,8 +488,7 @@ class Checkpoints(Folder):
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "this system has no disk that is always full")
     def test_a_full_disk_is_named_with_the_metrics_file(self):
-        trainer = make_trainer()
-        trainer.config.work_dir = self.folder
+        trainer = make_trainer(work_dir=self.folder)
         os.symlink("/dev/full", self.folder / "metrics.jsonl")
         with self.assertRaisesRegex(OSError, "No space left.*metrics.jsonl"):
             trainer.write_metrics(split="train")
