@@ -305,7 +305,7 @@ def bench_bpe(bench: Bench) -> None:
         ours.cache.clear()
         return ours.encode(text)
 
-    encoders = {"mingpt, warm": ours.encode, "mingpt, cold": cold, **peers, "GPT-2's pattern alone": PIECE.findall}
+    encoders = {"mingpt, warm": ours.encode, "mingpt, cold": cold, **peers, "cutting into pieces alone": PIECE.findall}
     for label, text in make_texts(1000 if bench.toy else 200_000).items():
         tokens = ours.encode(text)
         for name, encode in peers.items():
