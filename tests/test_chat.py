@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -202,10 +203,14 @@ class Terminal(Folder):
         import fcntl, pty, termios
         parrot("a" * 40_000).save_pretrained(self.folder / "parrot")
         self.terminal, inner = pty.openpty()
+
+        def own_terminal():
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0) # so that Ctrl-C is a signal
+            signal.signal(signal.SIGINT, signal.SIG_DFL) # which a run of the tests in the background may ignore
         self.process = subprocess.Popen(
             [sys.executable, str(CHAT / "chat.py"), "--model=parrot", "--max_new_tokens=40000"], cwd=self.folder,
             env=ENVIRONMENT | {"TERM": "dumb"}, stdin=inner, stdout=inner, stderr=inner, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) # its terminal: Ctrl-C is a signal
+            preexec_fn=own_terminal)
         os.close(inner)
         self.addCleanup(os.close, self.terminal)
         self.addCleanup(self.process.wait)
