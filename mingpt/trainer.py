@@ -202,7 +202,6 @@ class Trainer:
                     logger.info(f"stopped after step {self.iter_num}{end}")
                     interrupted = signals and signals[0][0] == signal.SIGINT
                     raise KeyboardInterrupt if interrupted else SystemExit(128 + signal.SIGTERM)
-        self._network = self.model # frees the threads of DistributedDataParallel before Python ends
         self._sum(0) # no process leaves while others still save
         self.trigger_callbacks("on_train_end")
 
