@@ -255,7 +255,7 @@ def bench_growth(bench: Bench) -> None:
         ("first token over the prompt", large, lambda T: generate(T, 1)),
         ("generation over new tokens", large, lambda new: generate(8, new)),
         ("tokenizer over a word's length in thousands", small,
-         lambda n: lambda: (encoder.cache.clear(), encoder.encode(letters[:1000 * n]))), # no word is known
+         lambda n: lambda: encode_cold(encoder, letters[:1000 * n])),
     ):
         times = bench.take_turns({str(value): make(value) for value in values})
         slope, _ = np.polyfit(np.log(values), np.log([median(row) for row in times.values()]), 1)
@@ -283,6 +283,11 @@ def make_texts(count: int) -> dict[str, str]:
         "emoji": "".join(rng.choices("🤗😀🎉👍🏽❤🚀", k=count)),
     }
 
+def encode_cold(encoder, text: str) -> list[int]:
+    """Encodes with an empty cache: no word is known."""
+    encoder.cache.clear()
+    return encoder.encode(text)
+
 def bench_bpe(bench: Bench) -> None:
     ours, peers = get_encoder(), {}
     files = [str(Path(os.environ["MINGPT_CACHE"]) / name) for name in ("vocab.bpe", "encoder.json")]
@@ -302,11 +307,8 @@ def bench_bpe(bench: Bench) -> None:
         transformers.utils.logging.set_verbosity_error() # it warns of texts longer than GPT-2 reads
         peers["transformers"] = transformers.GPT2Tokenizer(vocab=files[1], merges=files[0]).encode
 
-    def cold(text):
-        ours.cache.clear()
-        return ours.encode(text)
-
-    encoders = {"mingpt, warm": ours.encode, "mingpt, cold": cold, **peers, "cutting into pieces alone": PIECE.findall}
+    encoders = {"mingpt, warm": ours.encode, "mingpt, cold": lambda text: encode_cold(ours, text), **peers,
+                "cutting into pieces alone": PIECE.findall}
     for label, text in make_texts(1000 if bench.toy else 200_000).items():
         tokens = ours.encode(text)
         for name, encode in peers.items():
