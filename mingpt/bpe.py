@@ -27,9 +27,12 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import regex
-import torch
+
+if TYPE_CHECKING: # importing torch takes a second or more, and only BPETokenizer needs it
+    import torch
 
 def bytes_to_unicode() -> dict[int, str]:
     """A visible character for every byte: {33: '!', 65: 'A', 32: 'Ġ', 10: 'Ċ', ...}.
@@ -211,12 +214,13 @@ class BPETokenizer:
     def __init__(self):
         self.encoder = get_encoder()
 
-    def __call__(self, text: str, return_tensors: str = "pt") -> torch.Tensor:
+    def __call__(self, text: str, return_tensors: str = "pt") -> "torch.Tensor":
+        import torch
         if return_tensors != "pt" or not isinstance(text, str):
             raise ValueError(f"got {text!r} and return_tensors={return_tensors!r}, expected one string and 'pt'")
         return torch.tensor([self.encoder.encode(text)], dtype=torch.long) # (1, T)
 
-    def decode(self, idx: torch.Tensor) -> str:
+    def decode(self, idx: "torch.Tensor") -> str:
         return self.encoder.decode(idx)
 
 if __name__ == "__main__":

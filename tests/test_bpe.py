@@ -260,8 +260,8 @@ class Script(Folder):
         shutil.copy(bpe.__file__, self.folder)
         environment = dict(MINGPT_CACHE=str(vocabulary_folder()), PYTHONPATH="")
         self.assertIn("ĠK + arp + athy", run_python("bpe.py", cwd=self.folder, **environment).stdout)
-        check = "import sys, bpe; print(bpe.BPETokenizer()('Hello world').tolist(), any(name.split('.')[0] == 'mingpt' for name in sys.modules))"
-        self.assertEqual(run_python("-c", check, cwd=self.folder, **environment).stdout, "[[15496, 995]] False\n")
+        check = "import sys, bpe; print('torch' in sys.modules, bpe.BPETokenizer()('Hello world').tolist(), any(name.split('.')[0] == 'mingpt' for name in sys.modules))"
+        self.assertEqual(run_python("-c", check, cwd=self.folder, **environment).stdout, "False [[15496, 995]] False\n")
 
     def test_a_terminal_that_cannot_show_everything(self):
         shown = run_python("-m", "mingpt.bpe", MINGPT_CACHE=str(vocabulary_folder()), PYTHONUTF8="0", PYTHONIOENCODING="ascii").stdout
