@@ -12,6 +12,7 @@ many processors do not compute: without AVX-512 it was seen to take 32 times as 
 import math
 
 import torch
+from torch.nn import functional as F
 
 from mingpt.model import GPT
 
@@ -32,25 +33,31 @@ def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon with decoupled weight decay, for parameters that are matrices.
 
-    A step changes each weight by 0.2 times the rate (root mean square), which is what AdamW's do, so that the rate of one serves
-    the other (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2).
+    Rows that took long steps of late take shorter ones, so that all neurons learn alike: "NorMuon", Li et al. 2025,
+    algorithm 1. A step changes each weight by 0.2 times the rate (root mean square), which is what AdamW's do, so that the
+    rate of one serves the other (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2).
+    A parameter group with parts=3 has matrices that are three in one, one above the other.
     """
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95, beta2: float = 0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, beta2=beta2, parts=1))
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["mean"] = torch.zeros_like(p) # of the gradients, recent ones counting more
-                mean = self.state[p]["mean"]
+                if not self.state[p]: # both are means in which recent steps count more
+                    self.state[p]["mean"] = torch.zeros_like(p) # of the gradients
+                    self.state[p]["row"] = torch.zeros_like(p[:, :1]) # of the squared directions of each row, (m, 1)
+                mean, row = self.state[p]["mean"], self.state[p]["row"]
                 mean.lerp_(p.grad, 1 - momentum)
-                direction = orthogonalize(p.grad.lerp(mean, momentum)) # Nesterov: the mean a step ahead
+                ahead = p.grad.lerp(mean, momentum) # Nesterov: the mean a step ahead
+                direction = torch.cat([orthogonalize(part) for part in ahead.chunk(group["parts"])])
+                row.lerp_(direction.square().mean(1, keepdim=True), 1 - group["beta2"])
+                direction = F.normalize(direction / (row.sqrt() + 1e-8), dim=(0, 1)) # of length 1
                 p.mul_(1 - lr * group["weight_decay"])
-                p.add_(direction, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
+                p.add_(direction, alpha=-lr * 0.2 * math.sqrt(p.numel()))
 
 class Optimizers:
     """Several optimizers in the place of one, each with parameters of its own."""
@@ -88,4 +95,7 @@ class MuonGPT(GPT):
         if train_config.optimizer != "muon":
             raise ValueError(f"got optimizer={train_config.optimizer}, expected muon or adamw")
         matrices = [p for p in adamw.param_groups.pop(0)["params"] if p.requires_grad]
-        return Optimizers(adamw, Muon(matrices, train_config.learning_rate, train_config.weight_decay))
+        joined = {p: None for name, p in self.named_parameters() if name.endswith("c_attn.weight")} # query, key, value
+        groups = [{"params": [p for p in matrices if p in joined], "parts": 3},
+                  {"params": [p for p in matrices if p not in joined]}]
+        return Optimizers(adamw, Muon(groups, train_config.learning_rate, train_config.weight_decay))

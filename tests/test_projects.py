@@ -357,19 +357,39 @@ class Muon(unittest.TestCase):
             torch.testing.assert_close(muon.orthogonalize(matrix), u @ s.diag() @ v, atol=1e-4, rtol=1e-4)
 
     @unittest.skipUnless(hasattr(torch.optim, "Muon"), "this torch has no Muon to compare with")
-    def test_steps_are_those_of_torch(self):
+    def test_steps_are_those_of_torch_with_rows_made_alike(self):
         torch.manual_seed(1)
-        ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((12, 8), (8, 12))]
-        theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-        pair = (muon.Muon(ours, 0.1, 0.1), torch.optim.Muon(theirs, 0.1, 0.1, adjust_lr_fn="match_rms_adamw"))
-        for _ in range(3):
-            for p, q in zip(ours, theirs):
-                p.grad = torch.randn_like(p)
-                q.grad = p.grad.clone()
-            for optimizer in pair:
-                optimizer.step()
-        for p, q in zip(ours, theirs):
-            torch.testing.assert_close(p, q, atol=3e-3, rtol=0) # a step changes weights by some 0.02; theirs computes in bfloat16
+        lr, decay, beta2 = 0.1, 0.1, 0.95
+        joined, tall, wide = ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((24, 8), (12, 8), (8, 12))]
+        optimizer = muon.Muon([{"params": [joined], "parts": 3}, {"params": [tall, wide]}], lr, decay, beta2=beta2)
+        pieces = [[torch.nn.Parameter(part.clone()) for part in p.detach().chunk(count)] for p, count in zip(ours, (3, 1, 1))]
+        plain = torch.optim.Muon(sum(pieces, []), lr=1.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw") # the directions, in bfloat16
+        expected, means = [p.detach().clone() for p in ours], [0.0] * 3
+        for step in range(3):
+            for p, own in zip(ours, pieces):
+                p.grad = torch.randn_like(p) * torch.linspace(0.1, 3, len(p))[:, None]
+                for q, grad in zip(own, p.grad.clone().chunk(len(own))):
+                    q.grad = grad
+            before = [torch.cat(own).detach() for own in pieces]
+            optimizer.step()
+            plain.step()
+            for i, own in enumerate(pieces):
+                direction = before[i] - torch.cat(own).detach()
+                means[i] = beta2 * means[i] + (1 - beta2) * (direction ** 2).sum(dim=1)
+                direction = direction / means[i].sqrt()[:, None]
+                direction *= 0.2 / (direction ** 2).mean().sqrt()
+                expected[i] = (1 - lr * decay) * expected[i] - lr * direction
+        for p, q in zip(ours, expected):
+            torch.testing.assert_close(p.detach(), q, atol=3e-3, rtol=0) # a step changes weights by some 0.02
+
+    def test_a_row_without_gradient_gets_no_nan(self):
+        matrix = torch.nn.Parameter(torch.randn(4, 3))
+        before, optimizer = matrix.detach().clone(), muon.Muon([matrix], 0.1)
+        for grad in (torch.zeros(4, 3), torch.tensor([[0.0, 0, 0], [1, 2, 3], [3, 2, 1], [0, 1, 0]])):
+            matrix.grad = grad
+            optimizer.step()
+            torch.testing.assert_close(matrix[0], before[0])
+        self.assertTrue(matrix.isfinite().all() and not torch.equal(matrix, before))
 
 
 class Optimizers(unittest.TestCase):
@@ -389,10 +409,11 @@ class Optimizers(unittest.TestCase):
     def test_each_parameter_has_one_optimizer(self):
         model, both = self.make()
         adamw, other = both.parts
-        self.assertEqual({id(p) for p in other.param_groups[0]["params"]}, {id(p) for name, p in model.named_parameters() if name.endswith(
-            ("c_attn.weight", "c_fc.weight", "c_proj.weight"))})
+        for group, parts, names in zip(other.param_groups, (3, 1), (("c_attn.weight",), ("c_fc.weight", "c_proj.weight")), strict=True):
+            self.assertEqual(group["parts"], parts)
+            self.assertEqual({id(p) for p in group["params"]}, {id(p) for name, p in model.named_parameters() if name.endswith(names)})
         self.assertEqual(sorted(id(p) for group in both.param_groups for p in group["params"]), sorted(map(id, model.parameters())))
-        self.assertEqual([group["weight_decay"] for group in both.param_groups], [0.0, 0.1])
+        self.assertEqual([group["weight_decay"] for group in both.param_groups], [0.0, 0.1, 0.1])
         self.assertIsInstance(self.make(optimizer="adamw")[1], torch.optim.AdamW)
         with self.assertRaisesRegex(ValueError, "optimizer=sgd"):
             self.make(optimizer="sgd")
