@@ -48,7 +48,7 @@ def get_config() -> CfgNode:
     del C.trainer.work_dir # it is system.work_dir
     C.trainer.optimizer = "muon" # for the matrices of the blocks; 'adamw' for all
     C.trainer.max_iters = 500
-    C.trainer.batch_size = 128
+    C.trainer.batch_size = 256
     C.trainer.learning_rate = 1e-2
     C.trainer.schedule = "linear"
     C.trainer.eval_interval = 100

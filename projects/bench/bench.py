@@ -59,7 +59,7 @@ TRAIN = { # size, T, B, dropout, steps per round
 }
 GENERATE = { # size, B, tokens of the prompt, new tokens
     "toy": [("toy", 1, 4, 4), ("toy", 2, 8, 1)],
-    "cpu": [("gpt-nano", 1, 8, 50), ("6x384", 1, 8, 200), ("6x384", 8, 8, 200), ("gpt2", 1, 8, 40), ("gpt2", 8, 8, 20),
+    "cpu": [("gpt-nano", 1, 8, 50), ("6x384", 1, 8, 200), ("6x384", 8, 8, 100), ("gpt2", 1, 8, 40), ("gpt2", 8, 8, 20),
             ("gpt2", 1, 8, 1), ("gpt2", 1, 512, 1)],
     "cuda": [(size, *case) for size in ("gpt2", "gpt2-xl")
              for case in ((1, 8, 200), (8, 8, 200), (1, 8, 1), (1, 512, 1))],
