@@ -338,8 +338,11 @@ def measure_fresh(*steps: str) -> list[float]:
     return json.loads(result.stdout.splitlines()[-1])
 
 def train_once(name: str, size: str) -> None:
-    gpt = make_gpt(size, 64)
-    make_steps(gpt if name == "mingpt" else PEERS[name](gpt.config), make_data(gpt, 4, "cpu")[1], 2, "cpu")()
+    model = make_gpt(size, 64)
+    batches = make_data(model, 4, "cpu")[1]
+    if name != "mingpt":
+        model = PEERS[name](model.config) # which frees minGPT's
+    make_steps(model, batches, 2, "cpu")()
 
 def bench_load(bench: Bench) -> None:
     size, first = "toy" if bench.toy else "gpt2", "idx = torch.zeros(1, 8, dtype=torch.long); model.generate(idx, "
