@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 import regex
 
-if TYPE_CHECKING: # importing torch takes a second or more, and only BPETokenizer needs it
+if TYPE_CHECKING: # its import takes about a second, and only BPETokenizer needs it
     import torch
 
 def bytes_to_unicode() -> dict[int, str]:

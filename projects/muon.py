@@ -5,8 +5,8 @@ Muon, an optimizer for matrices: each step changes all directions of a matrix al
 
 A gradient of a weight matrix is mostly a sum of few directions. Plain descent, and AdamW too, moves along these and hardly
 along the others. Muon sets all singular values of the step to about 1: of U S Vᵀ it takes U Vᵀ, the nearest orthogonal matrix.
-Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. torch.optim.Muon is the same in bfloat16, in which
-many processors do not compute: without AVX-512 it was seen to take 32 times as long.
+Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. torch.optim.Muon does so in bfloat16, in which many
+processors do not compute: without AVX-512 it was seen to take 32 times as long. It does not balance the rows, as here.
 """
 
 import math
@@ -95,7 +95,7 @@ class MuonGPT(GPT):
         if train_config.optimizer != "muon":
             raise ValueError(f"got optimizer={train_config.optimizer}, expected muon or adamw")
         matrices = [p for p in adamw.param_groups.pop(0)["params"] if p.requires_grad]
-        joined = {p: None for name, p in self.named_parameters() if name.endswith("c_attn.weight")} # query, key, value
+        joined = {p for name, p in self.named_parameters() if name.endswith("c_attn.weight")} # query, key and value
         groups = [{"params": [p for p in matrices if p in joined], "parts": 3},
                   {"params": [p for p in matrices if p not in joined]}]
         return Optimizers(adamw, Muon(groups, train_config.learning_rate, train_config.weight_decay))
