@@ -309,6 +309,9 @@ class BadFolders(Seeded):
         self.refused("config.json", FileNotFoundError)
 
     def test_a_name_that_is_no_folder(self):
+        (self.folder / "empty").mkdir() # the checkout may have a folder out
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder / "empty")
         for name in ("", "nothing", "./out", "../model", "~/model", "/nowhere/model", "a/b/c", "out\\model", "a/..",
                      "owner/model\n", "out/", "a\0/b", "x" * 5000, str(self.config), "tests/common.py"):
             with self.subTest(name), mock.patch("os.path.exists", lambda path: path == "tests/common.py"):
