@@ -143,8 +143,9 @@ class Trainer:
             raise ValueError("resume and keep_best need a work_dir")
         if self.world_size > 1:
             if not dist.is_initialized():
+                from torch import _dynamo # DistributedDataParallel loads it; later, it would keep the group alive
                 dist.init_process_group() # gloo between processors, nccl between GPUs
-                atexit.register(dist.destroy_process_group)
+                atexit.register(dist.destroy_process_group) # ends its threads, which must not outlive Python
         logger.info(f"running on {self.device} in {str(self.dtype).removeprefix('torch.')}")
 
     def _sum(self, number: float) -> float: # over all processes
@@ -173,14 +174,14 @@ class Trainer:
 
     def run(self) -> None:
         """Trains for max_iters steps, or from the checkpoint on if one was loaded."""
-        self._begin()
+        network = self._begin()
         self.trigger_callbacks("on_train_start")
         self._logged_iter, self._logged_time = self.iter_num, time.time() # of the last log line
         self.iter_time = time.time()
         with _noting_signals() as signals, contextlib.closing(self._draw_batches(self.iter_num)) as self._batches:
             while self.config.max_iters is None or self.iter_num < self.config.max_iters:
                 self._in_step = True
-                self._step()
+                self._step(network)
                 self.trigger_callbacks("on_batch_end")
                 self._in_step = False
                 self.iter_num += 1
@@ -209,20 +210,19 @@ class Trainer:
         interval = getattr(self.config, f"{what}_interval")
         return interval > 0 and (last or self.iter_num % interval == 0)
 
-    def _begin(self) -> None:
+    def _begin(self) -> Callable: # what computes a step; run alone holds it, since it holds the process group
         self.iter_num, self._first_iter = self._first_iter, 0
         if self.config.work_dir and FIRST and self.iter_num == 0:
             for name in ("checkpoint.pt", "best.pt", "metrics.jsonl"): # of an earlier run, which is not to be resumed
                 if (self._folder / name).exists():
                     os.replace(self._folder / name, self._folder / f"{name}.old")
-        self._network: Callable = self.model
-        if self.world_size > 1:
-            self._network = torch.nn.parallel.DistributedDataParallel(self.model)
-        if self.config.compile:
-            self._network = torch.compile(self._network)
         self.model.train()
+        network = self.model
+        if self.world_size > 1:
+            network = torch.nn.parallel.DistributedDataParallel(network)
+        return torch.compile(network) if self.config.compile else network
 
-    def _step(self) -> None:
+    def _step(self, network: Callable) -> None:
         """A step along the gradient of the mean loss of a batch, computed micro-batch by micro-batch."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.iter_num)
@@ -233,10 +233,10 @@ class Trainer:
         self.loss, self.grad_norm = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         if total == 0:
             return # nothing to learn from
-        no_sync = getattr(self._network, "no_sync", contextlib.nullcontext)
+        no_sync = getattr(network, "no_sync", contextlib.nullcontext)
         for i, ((x, y), count) in enumerate(zip(batches, counts), start=1):
             with no_sync() if i < len(batches) else contextlib.nullcontext(): # the last one averages over processes
-                _, loss = self._compute(self._network, x, y)
+                _, loss = self._compute(network, x, y)
                 loss = loss * (self.world_size * count / total) # its share of the mean over all targets of the step
                 self.scaler.scale(loss).backward()
             if count: # a module may call the mean of nothing NaN

@@ -694,6 +694,12 @@ class Processes(Folder):
             torch.testing.assert_close(self.losses(name), self.losses("p1"), atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(model, models[0], atol=1e-4, rtol=1e-4)
 
+    @unittest.skipUnless(os.path.isdir("/proc/self/task"), "counts threads as Linux shows them")
+    def test_no_thread_of_the_processes_outlives_python(self): # one that does may abort the process
+        for args in ([], [f"--trainer.work_dir={self.folder}", "--trainer.eval_interval=1"]):
+            result = self.torchrun(2, "--threads=True", "--trainer.max_iters=2", *args)
+            self.assertEqual(result.stdout.count("threads of gloo at the end: 0\n"), 2, result.stdout)
+
     def test_ctrl_c_stops_all_after_the_same_step(self):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         args = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT), f"--trainer.work_dir={self.folder}"]

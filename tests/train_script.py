@@ -1,6 +1,8 @@
 """A training run that the trainer's tests start as a process: a tiny GPT with dropout on random pairs. Arguments: --name=value."""
 
+import atexit
 import hashlib
+import os
 import time
 
 import numpy as np
@@ -9,6 +11,11 @@ import torch
 from mingpt.model import GPT
 from mingpt.trainer import Trainer
 from mingpt.utils import CfgNode, run_script, set_seed
+
+def print_threads():
+    """Those of gloo, which connects the processes; Linux alone tells them."""
+    names = [open(f"/proc/self/task/{task}/comm", encoding="utf-8").read() for task in os.listdir("/proc/self/task")]
+    print(f"threads of gloo at the end: {sum('gloo' in name for name in names)}\n", end="") # at once: two processes print
 
 class Pairs(torch.utils.data.Dataset):
     """Rows of 9 tokens, each a function of its number alone."""
@@ -31,10 +38,13 @@ class Masked(Pairs):
         return x, y
 
 def main(args):
-    config = CfgNode(trainer=Trainer.get_default_config(), pause=0.0, digest=True, dropout=0.1, fail_at=0, masked=False)
+    config = CfgNode(trainer=Trainer.get_default_config(), pause=0.0, digest=True, dropout=0.1, fail_at=0, masked=False,
+                     threads=False)
     config.trainer.merge_from_dict(dict(batch_size=8, max_iters=30, learning_rate=3e-3, log_interval=1, device="cpu", seed=5))
     config.merge_from_args(args)
     set_seed(1)
+    if config.threads:
+        atexit.register(print_threads) # before those of the trainer, so that it runs after them
     model_config = GPT.get_default_config()
     model_config.merge_from_dict(dict(n_layer=2, n_head=2, n_embd=16, vocab_size=5, block_size=8, embd_pdrop=config.dropout,
                                       resid_pdrop=config.dropout, attn_pdrop=config.dropout))
