@@ -120,6 +120,9 @@ class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), flush=True) # to the stdout of this moment, which a notebook may have replaced
 
+class _LogFile(logging.FileHandler):
+    """The log.txt of a run."""
+
 FIRST = os.environ.get("RANK", "0") == "0" # of several processes under torchrun one speaks and writes
 logger = logging.getLogger("mingpt")
 if not logger.handlers:
@@ -139,7 +142,10 @@ def setup_logging(config: CfgNode) -> None:
             file.write(shlex.join(sys.argv) + "\n")
         with replacing(work_dir / "config.json") as part:
             part.write_text(json.dumps(config.to_dict(), indent=4, default=str) + "\n", encoding="utf-8")
-        logger.handlers[1:] = [logging.FileHandler(work_dir / "log.txt", encoding="utf-8")] # in place of an earlier one
+        for earlier in [handler for handler in logger.handlers if isinstance(handler, _LogFile)]:
+            logger.removeHandler(earlier)
+            earlier.close()
+        logger.addHandler(_LogFile(work_dir / "log.txt", encoding="utf-8"))
 
 def progress(items, label: str, total: int):
     """Yields the items, and shows how far it is if that takes long and the package tqdm is installed."""

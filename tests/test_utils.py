@@ -126,10 +126,16 @@ class Log(Folder):
         logger, printed = logging.getLogger("mingpt"), io.StringIO()
         logger.setLevel(logging.INFO)
         self.addCleanup(logger.setLevel, logging.WARNING)
+        own = logging.StreamHandler(heard := io.StringIO()) # of the user
+        logger.addHandler(own)
         with contextlib.redirect_stdout(printed):
-            for _ in range(2): # twice logs each line once all the same
-                setup_logging(config)
+            setup_logging(config)
+            earlier = logger.handlers[-1]
+            setup_logging(config) # twice logs each line once all the same
+            self.assertIsNone(earlier.stream) # closed
             logging.getLogger("mingpt.test").info("größe")
+        self.assertIn(own, logger.handlers)
+        self.assertEqual(heard.getvalue(), "größe\n")
         for handler in logger.handlers[1:]:
             logger.removeHandler(handler)
             handler.close()
