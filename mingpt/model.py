@@ -41,12 +41,12 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.unbind() # (B, nh, T, hs) each
         past = cache.length if cache else 0
         if cache:
-            k, v = cache.append(self, qkv[1:]) # (B, nh, past + T, hs)
+            k, v = cache.append(qkv[1:]) # (B, nh, past + T, hs)
         mask = None # query i is token number past + i: it looks at that one and those before it
         if T > 1 and past > 0:
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         pdrop = self.attn_pdrop if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, pdrop, is_causal=T > 1 and past == 0) # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, mask, pdrop, is_causal=not past) # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C) # the heads side by side again
         return F.dropout(self.c_proj(y), self.resid_pdrop, self.training)
 
@@ -78,19 +78,20 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 class KVCache:
-    """Keys and values of the tokens read so far, so that they need not be computed again."""
+    """Keys and values of a layer for the tokens read so far, so that they need not be computed again."""
 
     def __init__(self, max_length: int):
         self.max_length, self.length = max_length, 0 # tokens that it has room for, and that it holds
-        self.kv: dict[nn.Module, Tensor] = {} # for each attention (2, B, nh, max_length, hs)
+        self.kv: Tensor | None = None # (2, B, nh, max_length, hs)
 
-    def append(self, layer: nn.Module, kv: Tensor) -> Tensor:
-        """Adds keys and values of a layer, (2, B, nh, T, hs); returns all it has, (2, B, nh, length + T, hs)."""
+    def append(self, kv: Tensor) -> Tensor:
+        """Adds the keys and values of T more tokens, (2, B, nh, T, hs); returns all it has, (2, B, nh, length, hs)."""
         two, B, nh, T, hs = kv.shape
-        if layer not in self.kv:
-            self.kv[layer] = kv.new_empty(two, B, nh, self.max_length, hs)
-        self.kv[layer].narrow(3, self.length, T).copy_(kv)
-        return self.kv[layer].narrow(3, 0, self.length + T)
+        if self.kv is None:
+            self.kv = kv.new_empty(two, B, nh, self.max_length, hs)
+        self.kv.narrow(3, self.length, T).copy_(kv)
+        self.length += T
+        return self.kv.narrow(3, 0, self.length)
 
 SIZES = { # model_type: n_layer, n_head, n_embd
     "openai-gpt":  (12, 12, 768),  # 117M parameters, GPT-1
@@ -151,10 +152,10 @@ class GPT(nn.Module):
         logger.info("number of parameters: %.2fM", sum(p.numel() for p in self.parameters()) / 1e6)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
-                cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+                cache: list[KVCache] | None = None) -> tuple[Tensor, Tensor | None]:
         """Scores every next token: idx (B, T) -> logits (B, T, V), and their cross-entropy in nats with targets (B, T).
 
-        Targets of -1 are not counted. With a cache, idx follows what is in it. Too many tokens are a ValueError.
+        Targets of -1 are not counted. With a cache for each layer, idx follows what they hold. ValueError if too long.
         """
         try:
             logits = self.lm_head(self._features(idx, cache)) # (B, T, C) -> (B, T, V)
@@ -167,18 +168,16 @@ class GPT(nn.Module):
             raise ValueError(f"unknown token: the vocabulary goes from 0 to {self.config.vocab_size - 1}") from None
         return logits, total / (targets != -1).sum().clamp(min=1) # 0 if nothing is to be predicted
 
-    def _features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def _features(self, idx: Tensor, cache: list[KVCache] | None = None) -> Tensor:
         """All of the model but its last layer: (B, T) tokens -> (B, T, C)."""
-        past = cache.length if cache else 0
+        past = cache[0].length if cache else 0
         end = past + idx.size(1)
         if end > self.block_size:
             raise ValueError(f"got a sequence of {end} tokens, but block_size is {self.block_size}; shorten it")
         positions = torch.arange(past, end, device=idx.device) # (T,)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions)) # (B, T, C) + (T, C)
-        for block in self.transformer.h:
-            x = block(x, cache)
-        if cache:
-            cache.length = end
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, cache[i] if cache else None)
         return self.transformer.ln_f(x)
 
     def configure_optimizers(self, train_config: CfgNode) -> torch.optim.AdamW:
@@ -225,12 +224,13 @@ class GPT(nn.Module):
         greedy = not do_sample or temperature < 1e-30 # dividing by so little would overflow
 
         def tokens() -> Iterator[Tensor]:
-            cache = KVCache(min(idx.size(1) + max_new_tokens, self.block_size)) if use_cache else None
+            room = min(idx.size(1) + max_new_tokens, self.block_size)
+            cache = [KVCache(room) for _ in self.transformer.h] if use_cache else None
             stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device) # (B,)
             text, unread = [idx], idx # pieces (B, T), (B, 1), (B, 1), ...; and what of them the cache lacks
             for _ in range(max_new_tokens):
                 with torch.no_grad(), mode(self): # both end before the token is handed out
-                    if cache and cache.length + unread.size(1) > self.block_size:
+                    if cache and cache[0].length + unread.size(1) > self.block_size:
                         cache = None # from here on the window slides, so every token changes its position
                     if not cache:
                         unread = torch.cat(text, dim=1)[:, -self.block_size:] # (B, block_size) at most

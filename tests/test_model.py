@@ -280,13 +280,28 @@ class Generate(unittest.TestCase):
         idx = torch.randint(11, (2, 8))
         expected = self.model(idx)[0]
         for cuts in ((1, 7), (3, 5), (2, 3, 3), (1,) * 8, (8,)):
-            cache, parts, start = KVCache(8), [], 0
+            cache, parts, start = [KVCache(8) for _ in self.model.transformer.h], [], 0
             for cut in cuts:
                 parts.append(self.model(idx[:, start:start + cut], cache=cache)[0])
                 start += cut
             torch.testing.assert_close(torch.cat(parts, dim=1), expected)
         with self.assertRaisesRegex(ValueError, "9 tokens"):
             self.model(idx[:, :1], cache=cache)
+
+    def test_compiled_blocks_need_two_translations(self):
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        torch._dynamo.reset()
+        model = copy.deepcopy(self.model)
+        for block in model.transformer.h:
+            block.compile(backend=backend, fullgraph=True, dynamic=True)
+        idx = torch.randint(11, (2, 3))
+        self.assertEqual(model.generate(idx, 5).tolist(), self.model.generate(idx, 5).tolist())
+        self.assertEqual(len(graphs), 2) # one reads the prompt, one a token after it; all layers and lengths share them
 
     def test_stream_gives_the_tokens_of_generate(self):
         idx = torch.randint(11, (2, 3))
