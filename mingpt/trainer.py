@@ -236,7 +236,7 @@ class Trainer:
         no_sync = getattr(network, "no_sync", contextlib.nullcontext)
         for i, ((x, y), count) in enumerate(zip(batches, counts), start=1):
             with no_sync() if i < len(batches) else contextlib.nullcontext(): # the last one averages over processes
-                _, loss = self._compute(network, x, y)
+                loss = self._compute(network, x, y)[1] # the output is not kept: it may be large
                 loss = loss * (self.world_size * count / total) # its share of the mean over all targets of the step
                 self.scaler.scale(loss).backward()
             if count: # a module may call the mean of nothing NaN
