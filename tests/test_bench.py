@@ -1,5 +1,7 @@
 """The bench at toy size, as a user runs it; the models that it compares; the plot of a run's metrics."""
 
+import contextlib
+import io
 import json
 import sys
 import unittest
@@ -10,6 +12,7 @@ from common import ROOT, Folder, run_python, tiny_gpt
 
 BENCH = ROOT / "projects" / "bench"
 sys.path.insert(0, str(BENCH))
+import bench
 from peers import PEERS
 
 class Bench(Folder):
@@ -43,6 +46,25 @@ class Bench(Folder):
                 result = run_python(BENCH / script, *args, cwd=self.folder, check=False)
                 self.assertEqual((result.returncode, result.stdout), (2, ""))
                 self.assertRegex(result.stderr, r"^error: .*\n$")
+
+    def test_what_does_not_run_is_named_and_left_out(self):
+        calls = []
+
+        def fails_at(number):
+            def way():
+                calls.append(number)
+                if calls.count(number) == number:
+                    raise torch.OutOfMemoryError("too large\nand more")
+            return way
+
+        part, printed = bench.Bench("train", 3, "cpu", toy=False), io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            times = part.take_turns({"first": fails_at(1), "second": fails_at(2), "good": lambda: None})
+            part.report("empty", {})
+        self.assertEqual({name: len(values) for name, values in times.items()}, {"good": 3})
+        self.assertEqual(calls, [1, 2, 2])
+        self.assertEqual(printed.getvalue(), "first does not run: too large\nsecond does not run: too large\n\n"
+                                             "train: empty: nothing runs\n")
 
     def test_plot_of_metrics(self):
         rows = [dict(iteration=i, split=split, loss=1.0 / i, lr=0.1) for i in (1, 2, 3) for split in ("train", "val")]

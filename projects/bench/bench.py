@@ -1,19 +1,21 @@
 """
 How fast minGPT is: beside other libraries, and beside what this machine can do at best.
 
-    python projects/bench/bench.py                          # everything: a quarter of an hour on 2 cores
+    python projects/bench/bench.py                          # everything: less than a quarter of an hour on 2 cores
     python projects/bench/bench.py train generate           # parts: train, generate, growth, bpe, load
     python projects/bench/bench.py train generate --device=cuda     # gpt2 and gpt2-xl in bfloat16 on a GPU
     python projects/bench/bench.py --toy --rounds 1         # tiny sizes: does all of it run?
 
-Needs `pip install -e ".[bench]"` and 12 GB of memory; a library that is not installed is left out. All ways of a case
-take turns in one process, so that a busy machine slows all alike. Figures are medians of the rounds, with the fastest
-and the slowest. The limit of a case is the time of its matrix products and memory reads alone, at the rates that are
-measured in the same rounds. Writes PART.jsonl and PART.png to results beside this file, or to --out.
+Needs `pip install -e ".[bench]"` and 12 GB of memory, on a GPU 80 GB; what does not fit or is not installed is left
+out. All ways of a case take turns in one process, so that a busy machine slows all alike. Figures are medians of the
+rounds, with the fastest and the slowest. The limit of a case is the time of its matrix products and memory reads alone,
+at the rates that are measured in the same rounds. Writes PART.jsonl and PART.png to results beside this file, or to
+--out.
 """
 
 import argparse
 import copy
+import gc
 import importlib.util
 import json
 import logging
@@ -55,7 +57,7 @@ TRAIN = { # size, T, B, dropout, steps per round
     "toy": [("toy", 16, 2, 0.0, 2), ("toy", 16, 2, 0.1, 2)],
     "cpu": [("gpt-nano", 64, 32, 0.0, 20), ("gpt-mini", 128, 32, 0.0, 1), ("gpt-mini", 128, 32, 0.1, 1),
             ("6x384", 256, 16, 0.0, 1), ("gpt2", 64, 4, 0.0, 1)],
-    "cuda": [("gpt2, V 50304", 1024, B, 0.0, 5) for B in (16, 64, 128)],
+    "cuda": [("gpt2, V 50304", 1024, B, 0.0, 5) for B in (16, 32, 64)],
 }
 GENERATE = { # size, B, tokens of the prompt, new tokens
     "toy": [("toy", 1, 4, 4), ("toy", 2, 8, 1)],
@@ -74,37 +76,48 @@ class Bench:
     def __init__(self, part: str, rounds: int, device: str, toy: bool):
         self.part, self.rounds, self.device, self.toy, self.rows = part, rounds, device, toy, []
         self.cases = "toy" if toy else device
-        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.dtype, self.other = (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float32, torch.bfloat16)
+        self.other_name = f"mingpt, {str(self.other).removeprefix('torch.')}"
 
     def take_turns(self, ways: dict) -> dict[str, list[float]]:
         """Milliseconds of each way in each round. A way that cannot run is named and left out."""
-        times = {}
-        for name, way in ways.items(): # the first call warms up and compiles
-            try:
-                way()
-                times[name] = []
-            except RuntimeError as error: # not enough memory, or no compiler
-                if self.toy:
-                    raise
-                print(f"{name} does not run: {str(error).strip().splitlines()[0]}")
-        for _ in range(self.rounds):
-            for name in times:
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(1 + self.rounds): # the first one warms up and compiles
+            for name in list(times):
                 self.wait()
                 start = time.perf_counter()
-                ways[name]()
-                self.wait()
-                times[name].append(1000 * (time.perf_counter() - start))
+                try:
+                    ways[name]()
+                    self.wait()
+                except RuntimeError as error: # not enough memory, or no compiler
+                    if self.toy:
+                        raise
+                    print(f"{name} does not run: {str(error).strip().splitlines()[0]}")
+                    del times[name]
+                    self.free()
+                else:
+                    if turn > 0:
+                        times[name].append(1000 * (time.perf_counter() - start))
         return times
 
     def wait(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
+    def free(self) -> None:
+        """Gives back the memory of what is no longer in use."""
+        gc.collect() # a compiled module refers to itself
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
     def report(self, case: str, times: dict, unit="ms", work=None, rate="", limit=lambda name: 0.0, notes={}) -> None:
         """Prints a table of the values of each way, compared with the first, and keeps its rows.
 
         work: how much a call does, in units of rate; limit(name): the least time that the machine allows, 0 if unknown.
         """
+        if not times:
+            print(f"\n{self.part}: {case}: nothing runs")
+            return
         print(f"\n{self.part}: {case}")
         share = "limit" if limit("") else ""
         print(f"  {'':22}{unit:>10}{'from':>10}{'to':>10}{rate:>12}{'ratio':>8}{share:>7}")
@@ -140,6 +153,7 @@ def make_peers(gpt: GPT) -> tuple[dict, dict]:
 
 def compile_blocks(gpt: GPT, toy: bool, dynamic: bool | None = None) -> GPT:
     """A copy with compiled blocks. They are alike, so that one translation serves all: seconds instead of minutes."""
+    torch._dynamo.reset() # forgets the blocks of other cases: it keeps eight translations at most
     gpt = copy.deepcopy(gpt)
     for block in gpt.transformer.h:
         block.compile(backend="eager" if toy else "inductor", dynamic=dynamic)
@@ -154,8 +168,11 @@ def in_matrices(c) -> int:
 
 def make_product(rows: int, C: int, dtype, device: str):
     """A way to measure the matrix rate, by the product of the MLP's first layer; and the number of its operations."""
+    if device == "cuda":
+        rows = max(rows, 8192) # fewer do not keep it busy
     a, b = torch.randn(rows, C, dtype=dtype, device=device), torch.randn(C, 4 * C, dtype=dtype, device=device)
-    count = 1 + 10 ** 9 // (8 * rows * C * C) # small ones several times
+    least = 10 ** 13 if device == "cuda" else 10 ** 9 # operations: small products several times
+    count = 1 + least // (8 * rows * C * C)
     return lambda: [a @ b for _ in range(count)], count * 8 * rows * C * C
 
 # -----------------------------------------------------------------------------
@@ -169,7 +186,7 @@ def make_steps(model, batches: list, steps: int, device: str, dtype=torch.float3
         model.train()
         for i in range(steps):
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                _, loss = model(*batches[i % len(batches)])
+                loss = model(*batches[i % len(batches)])[1] # the logits are not kept
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -185,8 +202,10 @@ def make_data(gpt: GPT, B: int, device: str) -> tuple[TokenDataset, list]:
 def bench_train(bench: Bench) -> None:
     device, dtype = bench.device, bench.dtype
     for size, T, B, pdrop, steps in TRAIN[bench.cases]:
-        gpt = make_gpt(size, T, pdrop).to(device)
-        c, (dataset, batches), (peers, notes) = gpt.config, make_data(gpt, B, device), make_peers(gpt)
+        with torch.device(device):
+            gpt = make_gpt(size, T, pdrop)
+            peers, notes = make_peers(gpt)
+        c, (dataset, batches) = gpt.config, make_data(gpt, B, device)
         config = Trainer.get_default_config()
         config.merge_from_dict(dict(device=device, dtype=str(dtype).removeprefix("torch."), batch_size=B,
                                     max_iters=steps, seed=0, log_interval=0))
@@ -194,19 +213,21 @@ def bench_train(bench: Bench) -> None:
         ways = {
             "mingpt": make_steps(gpt, batches, steps, device, dtype, trainer.optimizer),
             "mingpt, Trainer": trainer.run,
-            "mingpt, bfloat16": make_steps(gpt, batches, steps, device, torch.bfloat16, trainer.optimizer),
+            bench.other_name: make_steps(gpt, batches, steps, device, bench.other, trainer.optimizer),
             "mingpt, compiled": make_steps(compile_blocks(gpt, bench.toy), batches, steps, device, dtype),
-        } | {name: make_steps(peer.to(device), batches, steps, device, dtype) for name, peer in peers.items()}
+        } | {name: make_steps(peer, batches, steps, device, dtype) for name, peer in peers.items()}
         product, operations = make_product(B * T, c.n_embd, dtype, device)
-        half_product, _ = make_product(B * T, c.n_embd, torch.bfloat16, device)
-        times = bench.take_turns({"product": product, "half": half_product} | ways)
-        whole, half = median(times.pop("product")), median(times.pop("half"))
+        other_product, _ = make_product(B * T, c.n_embd, bench.other, device)
+        times = bench.take_turns({"product": product, "other product": other_product} | ways)
+        rate, other_rate = (operations / median(times.pop(name)) for name in ("product", "other product"))
         # forward and backward multiply a token three times with each weight; attention looks at T / 2 tokens (as in
         # "PaLM", Chowdhery et al. 2022, appendix B, which counts all T)
         needed = steps * B * T * 6 * (in_matrices(c) + c.n_layer * c.n_embd * T)
-        bench.report(f"{size}, T {T}, B {B}, dropout {pdrop}, {steps} steps; {operations / whole / 1e6:,.0f} GFLOP/s",
+        bench.report(f"{size}, T {T}, B {B}, dropout {pdrop}, {steps} steps; {rate / 1e6:,.0f} GFLOP/s",
                      times, work=steps * B * T, rate="tokens/s", notes=notes,
-                     limit=lambda name: needed / operations * (half if "bfloat16" in name else whole))
+                     limit=lambda name: needed / (other_rate if name == bench.other_name else rate))
+        del gpt, peers, trainer, ways
+        bench.free()
 
 # -----------------------------------------------------------------------------
 # generation
@@ -214,18 +235,20 @@ def bench_train(bench: Bench) -> None:
 def bench_generate(bench: Bench) -> None:
     device, dtype = bench.device, bench.dtype
     for size, B, prompt, new in GENERATE[bench.cases]:
-        gpt = make_gpt(size, prompt + new).to(device, dtype).eval()
+        with torch.device(device):
+            gpt = make_gpt(size, prompt + new).to(dtype).eval()
+            peers, notes = make_peers(gpt)
         c, idx = gpt.config, torch.randint(gpt.config.vocab_size, (B, prompt), device=device)
-        peers, notes = make_peers(gpt)
-        models = {"mingpt": gpt, "mingpt, bfloat16": copy.deepcopy(gpt).bfloat16()}
+        models = {"mingpt": gpt, bench.other_name: copy.deepcopy(gpt).to(bench.other)}
         if new > 1: # compiling is for many tokens
             models["mingpt, compiled"] = compile_blocks(gpt, bench.toy, dynamic=True)
-        models |= {name: peer.to(device, dtype).eval() for name, peer in peers.items()}
+        models |= {name: peer.to(dtype).eval() for name, peer in peers.items()}
         ways = {name: lambda model=model: model.generate(idx, new) for name, model in models.items()}
         weights = torch.ones(in_matrices(c), device=device, dtype=dtype) # as many as a token reads
+        reads = 20 if device == "cuda" else 1 # one alone is too short there
         product, operations = make_product(max(B * prompt, 256), c.n_embd, dtype, device)
-        times = bench.take_turns({"product": product, "read": weights.sum} | ways)
-        per_operation, read = median(times.pop("product")) / operations, median(times.pop("read"))
+        times = bench.take_turns({"product": product, "read": lambda: [weights.sum() for _ in range(reads)]} | ways)
+        per_operation, read = median(times.pop("product")) / operations, median(times.pop("read")) / reads
         # the prompt is multiplied with the weights; each token after it reads them all, and the keys and values so far
         first = 2 * B * (prompt * 12 * c.n_layer * c.n_embd ** 2 + c.vocab_size * c.n_embd) * per_operation
         cached = 2 * B * (prompt + new / 2) * c.n_layer * c.n_embd
@@ -233,7 +256,9 @@ def bench_generate(bench: Bench) -> None:
         bandwidth = len(weights) * weights.itemsize / read / 1e6
         bench.report(f"{size}, B {B}, prompt {prompt}, {new} new; {bandwidth:,.1f} GB/s",
                      times, work=B * new, rate="tokens/s", notes=notes,
-                     limit=lambda name: least / 2 if device == "cpu" and "bfloat16" in name else least)
+                     limit=lambda name: least * (bench.other.itemsize / dtype.itemsize if name == bench.other_name else 1))
+        del gpt, peers, models, ways
+        bench.free()
 
 # -----------------------------------------------------------------------------
 # how the time grows
@@ -352,28 +377,29 @@ def bench_load(bench: Bench) -> None:
     if bench.toy: # what takes seconds to import
         del imports["transformers"], imports["litgpt"], imports["x-transformers"]
 
-    def report(ways: dict, columns: dict) -> None:
+    def report(ways: dict, columns: dict) -> None: # columns: what of measure_fresh a case adds up
         ways = {name: steps for name, steps in ways.items() if installed(name)}
         turns = [{name: measure_fresh(*steps) for name, steps in ways.items()} for _ in range(min(bench.rounds, 3))]
-        for case, column in columns.items():
-            values = {name: [turn[name][column] for turn in turns] for name in ways}
-            bench.report(case, values, unit="MB" if column == -1 else "ms")
+        for case, chosen in columns.items():
+            values = {name: [sum(turn[name][column] for column in chosen) for turn in turns] for name in ways}
+            bench.report(case, values, unit="MB" if chosen == (-1,) else "ms")
 
     with tempfile.TemporaryDirectory() as folder:
         gpt, model, plain = make_gpt(size, 1024), str(Path(folder) / "model"), str(Path(folder) / "plain.pt")
         gpt.save_pretrained(model)
-        torch.save(list(gpt.parameters()), plain)
+        torch.save(gpt.state_dict(), plain)
         report({
             "mingpt": ("import torch; " + imports["mingpt"], f"model = GPT.from_pretrained({model!r})", first + "1)"),
             "transformers": ("import torch; from transformers import GPT2LMHeadModel",
                              f"model = GPT2LMHeadModel.from_pretrained({model!r})",
                              first + "max_new_tokens=1, do_sample=False)"),
-            "torch.load and copy": ("import torch", f"copies = [tensor.clone() for tensor in torch.load({plain!r})]"),
-        }, {f"{size} from a folder": 1, "peak memory with its first token": -1})
+            "new GPT, torch.load": ("import torch, bench", f"model = bench.make_gpt({size!r}, 1024); "
+                                    f"model.load_state_dict(torch.load({plain!r}))", first + "1)"),
+        }, {f"{size} from a folder": (1,), "the same and its first token": (1, 2), "peak memory of both": (-1,)})
     report({name: (line, "import bench", f"bench.train_once({name!r}, {size!r})") for name, line in imports.items()},
-           {"import of the models": 0, f"peak memory of two training steps of {size}, T 64, B 4": -1})
+           {"import of the models": (0,), f"peak memory of two training steps of {size}, T 64, B 4": (-1,)})
     report({"mingpt": ("import mingpt.bpe",), "tiktoken": ("import tiktoken",), "tokenizers": ("import tokenizers",)},
-           {"import of the tokenizers": 0})
+           {"import of the tokenizers": (0,)})
 
 # -----------------------------------------------------------------------------
 
@@ -451,9 +477,11 @@ def main(args: list[str]) -> None:
           "more is better; limit: the least time that this machine allows, as a share of the time")
     for part in args.parts or PARTS:
         bench = Bench(part, args.rounds, args.device, args.toy)
-        PARTS[part](bench)
-        rows = [dict(machine=machine, rounds=args.rounds), *bench.rows]
-        (args.out / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        try:
+            PARTS[part](bench)
+        finally: # what is measured is kept
+            rows = [dict(machine=machine, rounds=args.rounds), *bench.rows]
+            (args.out / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         plot(bench.rows, args.out / f"{part}.png")
     print(f"\nrows and pictures: {args.out}")
 
