@@ -349,7 +349,7 @@ class Trainer:
 
     def _settings(self) -> dict:
         """The settings of now, for comparison with those of a checkpoint."""
-        config = {name: getattr(self.config, name) for name in vars(self.get_default_config())} | {"seed": self.seed}
+        config = vars(self.config) | {"seed": self.seed}
         groups = [[len(group["params"]), *sorted(group)] for group in self.optimizer.param_groups]
         return dict(config=json.loads(json.dumps(config, default=str)), groups=groups)
 
@@ -371,7 +371,7 @@ class Trainer:
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for group, new in zip(self.optimizer.param_groups, groups):
-            group.update({key: new[key] for key in ("betas", "weight_decay") if key in new})
+            group.update({**new, "params": group["params"]})
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.iter_num = self._first_iter = done
         self.best_loss, self.elapsed = checkpoint["best_loss"], checkpoint["elapsed"]

@@ -88,7 +88,10 @@ class MuonGPT(GPT):
     """A GPT whose matrices Muon may train."""
 
     def configure_optimizers(self, train_config) -> torch.optim.AdamW | Optimizers:
-        """GPT's AdamW; with train_config.optimizer = 'muon' that one has what has no weight decay, Muon the matrices."""
+        """GPT's AdamW; with train_config.optimizer = 'muon' that one has what has no weight decay, Muon the matrices.
+
+        train_config.momentum, if there is one, is Muon's.
+        """
         adamw = super().configure_optimizers(train_config)
         if train_config.optimizer == "adamw":
             return adamw
@@ -98,4 +101,5 @@ class MuonGPT(GPT):
         joined = {p for name, p in self.named_parameters() if name.endswith("c_attn.weight")} # query, key and value
         groups = [{"params": [p for p in matrices if p in joined], "parts": 3},
                   {"params": [p for p in matrices if p not in joined]}]
-        return Optimizers(adamw, Muon(groups, train_config.learning_rate, train_config.weight_decay))
+        momentum = getattr(train_config, "momentum", 0.95)
+        return Optimizers(adamw, Muon(groups, train_config.learning_rate, train_config.weight_decay, momentum))

@@ -247,7 +247,7 @@ class CommandLines(InProcess):
             ("--data.path=enwik9", "did you mean enwik8"), ("--data.block_size=0", "block_size=0"), ("--data.block_size=-3", "block_size=-3"),
             ("--data.block_size=1e12", "block_size of 1000000000000"), ("--data.block_size=2.5", "type int"),
             ("--model.n_head=3", "n_embd=8, expected a multiple of n_head=3"), ("--model.model_type=gpt-nano", "means n_layer=3, but n_layer=1"),
-            ("--trainer.optimizer=sgd", "optimizer=sgd, expected muon or adamw"), ("--system.mode=chat", "mode='chat', expected train or sample"),
+            ("--trainer.optimizer=sgd", "optimizer=sgd, expected muon or adamw"), ("--trainer.momentum=1.0", "momentum=1.0"), ("--system.mode=chat", "mode='chat', expected train or sample"),
             ("--system.length=-1", "length=-1"), ("--system.temperature=-1", "temperature=-1"), ("--system.temperature=1e999", "type float"),
             ("--system.prompt=xyz", "the prompt has 'x', 'y', 'z', which the model has never seen$"),
         ):
@@ -314,16 +314,18 @@ class Resume(InProcess):
         self.refused("run.checkpoint.pt is damaged", chargpt, "--system.mode=sample", "--system.work_dir=run")
 
     def test_an_accepted_one_notes_its_command_line_and_the_new_settings(self):
-        for max_iters, more in ((2, ()), (4, ("--trainer.resume=True", "--trainer.weight_decay=0.3", "--trainer.seed=8"))):
+        for max_iters, more in ((2, ()), (4, ("--trainer.resume=True", "--trainer.weight_decay=0.3", "--trainer.seed=8", "--trainer.momentum=0.5"))):
             with self.assertLogs("mingpt", "INFO") as logged:
                 self.runs(chargpt, *self.TINY, f"--trainer.max_iters={max_iters}", *more)
         printed = "\n".join(logged.output)
-        for line in ("weight_decay was 0.1, is 0.3", "seed was 3407, is 8", "max_iters was 2, is 4"):
+        for line in ("weight_decay was 0.1, is 0.3", "seed was 3407, is 8", "max_iters was 2, is 4", "momentum was 0.85, is 0.5"):
             self.assertIn(line, printed)
         lines = (self.folder / "run" / "args.txt").read_text(encoding="utf-8").splitlines()
         self.assertEqual(["resume" in line for line in lines], [False, True])
         config = json.loads((self.folder / "run" / "config.json").read_text(encoding="utf-8"))
         self.assertEqual(config["trainer"]["weight_decay"], 0.3)
+        _, muon_state = torch.load(self.folder / "run" / "checkpoint.pt", weights_only=True)["optimizer"]
+        self.assertEqual([(group["momentum"], group["weight_decay"]) for group in muon_state["param_groups"]], [(0.5, 0.3)] * 2)
 
     def test_a_fresh_run_that_dies_at_once_is_not_the_old_one(self):
         self.runs(chargpt, *self.TINY)
@@ -414,6 +416,7 @@ class Optimizers(unittest.TestCase):
             self.assertEqual({id(p) for p in group["params"]}, {id(p) for name, p in model.named_parameters() if name.endswith(names)})
         self.assertEqual(sorted(id(p) for group in both.param_groups for p in group["params"]), sorted(map(id, model.parameters())))
         self.assertEqual([group["weight_decay"] for group in both.param_groups], [0.0, 0.1, 0.1])
+        self.assertEqual([group["momentum"] for group in self.make(momentum=0.7)[1].parts[1].param_groups], [0.7, 0.7])
         self.assertIsInstance(self.make(optimizer="adamw")[1], torch.optim.AdamW)
         with self.assertRaisesRegex(ValueError, "optimizer=sgd"):
             self.make(optimizer="sgd")

@@ -60,6 +60,7 @@ def get_config() -> CfgNode:
     C.trainer = Trainer.get_default_config()
     del C.trainer.work_dir # it is system.work_dir
     C.trainer.optimizer = "muon" # for the matrices of the blocks; 'adamw' for all
+    C.trainer.momentum = 0.85 # of Muon; AdamW has betas
     C.trainer.max_iters = 2000
     C.trainer.batch_size = 12
     C.trainer.learning_rate = 1e-2
@@ -222,6 +223,7 @@ def main(args: list[str]) -> None:
         ("temperature", lambda v: 0 <= v < math.inf, "0 (the likeliest character) or more"),
     ))
     check_config(config.data, (("block_size", lambda v: v >= 1, "1 or more"),))
+    check_config(config.trainer, (("momentum", lambda v: 0 <= v < 1, "0 to below 1"),))
     config.system.prompt = config.system.prompt.replace("\\n", "\n") # as typed on a command line
     set_seed(config.system.seed)
     modes[config.system.mode](config)
