@@ -68,6 +68,13 @@ class Folder(unittest.TestCase):
             patch.start()
             self.addCleanup(patch.stop)
 
+def close_log() -> None:
+    """Ends the log.txt of a run in this process: Windows removes no folder with an open file."""
+    logger = logging.getLogger("mingpt")
+    for handler in logger.handlers[1:]: # after the console
+        logger.removeHandler(handler)
+        handler.close()
+
 class Server(Folder):
     """A test with a web server on this machine. A test fills `files`: path -> list of answers, used in turn, the last for ever.
 

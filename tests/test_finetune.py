@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from common import ROOT, Folder, get_encoder, run_python, tiny_gpt, vocabulary_folder
+from common import ROOT, Folder, close_log, get_encoder, run_python, tiny_gpt, vocabulary_folder
 from mingpt.bpe import Encoder, bytes_to_unicode
 from mingpt.model import GPT
 
@@ -48,11 +48,11 @@ class Finetune(Folder):
     def train(self, *args) -> str:
         """What a run prints; in this process, which is faster than in one of its own."""
         logger = logging.getLogger("mingpt")
-        with mock.patch.object(logger, "handlers", logger.handlers[:1]), contextlib.redirect_stdout(io.StringIO()) as printed:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
             logger.setLevel(logging.INFO)
             finetune.main(["--data.path=in.txt", *SHORT, *args])
             logger.setLevel(logging.WARNING)
-            logger.handlers[1].close() # the log in the folder of this test
+        close_log()
         return printed.getvalue()
 
     def losses(self, printed: str) -> list[float]:

@@ -5,7 +5,6 @@ import copy
 import hashlib
 import io
 import json
-import logging
 import os
 import sys
 import unittest
@@ -15,7 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from common import ROOT, Folder, Server, run_python, tiny_config
+from common import ROOT, Folder, Server, close_log, run_python, tiny_config
 from mingpt.trainer import Trainer
 from mingpt.utils import run_script
 
@@ -168,13 +167,8 @@ class InProcess(Folder):
         (self.folder / "in.txt").write_text('the "def" of 2024\n' * 40, encoding="utf-8")
         (self.folder / "folder").mkdir()
         (self.folder / "file").write_text("in the way", encoding="utf-8")
-        self.addCleanup(self.close_log)
+        self.addCleanup(close_log)
         self.patch(mock.patch.dict(os.environ, MINGPT_TRACEBACK=""))
-
-    def close_log(self):
-        for handler in logging.getLogger("mingpt").handlers[1:]:
-            logging.getLogger("mingpt").removeHandler(handler)
-            handler.close()
 
     def run_main(self, module, *args) -> tuple:
         """Its exit status, and what it writes to stderr and stdout."""
@@ -187,7 +181,7 @@ class InProcess(Folder):
             except SystemExit as left:
                 status = left.code
             printed.flush()
-        self.close_log()
+        close_log()
         return status, errors.getvalue(), printed.buffer.getvalue().decode("utf-8")
 
     def runs(self, module, *args) -> str:
@@ -331,7 +325,7 @@ class Resume(InProcess):
         self.runs(chargpt, *self.TINY)
         with mock.patch.object(Trainer, "_step", side_effect=ZeroDivisionError), self.assertRaises(ZeroDivisionError):
             self.run_main(chargpt, *self.TINY, "--trainer.max_iters=8")
-        self.close_log()
+        close_log()
         self.refused("no checkpoint at run.checkpoint.pt", chargpt, *self.TINY, "--trainer.max_iters=8", "--trainer.resume=True")
 
     def test_folders_that_hold_no_model_to_sample_from(self):

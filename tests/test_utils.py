@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from common import Folder, run_python
+from common import Folder, close_log, run_python
 from mingpt import utils
 from mingpt.utils import CfgNode, check_config, eval_mode, progress, replacing, set_seed, setup_logging
 
@@ -136,9 +136,7 @@ class Log(Folder):
             logging.getLogger("mingpt.test").info("größe")
         self.assertIn(own, logger.handlers)
         self.assertEqual(heard.getvalue(), "größe\n")
-        for handler in logger.handlers[1:]:
-            logger.removeHandler(handler)
-            handler.close()
+        close_log()
         self.assertEqual(printed.getvalue(), "größe\n")
         self.assertEqual((self.folder / "a/b/log.txt").read_text(encoding="utf-8"), "größe\n")
         self.assertEqual(json.loads((self.folder / "a/b/config.json").read_text(encoding="utf-8"))["trainer"]["steps"], 5)
