@@ -171,7 +171,7 @@ def make_product(rows: int, C: int, dtype, device: str):
     if device == "cuda":
         rows = max(rows, 8192) # fewer do not keep it busy
     a, b = torch.randn(rows, C, dtype=dtype, device=device), torch.randn(C, 4 * C, dtype=dtype, device=device)
-    least = 10 ** 13 if device == "cuda" else 10 ** 9 # operations: small products several times
+    least = 10 ** 13 if device == "cuda" else 10 ** 10 # operations: small products several times
     count = 1 + least // (8 * rows * C * C)
     return lambda: [a @ b for _ in range(count)], count * 8 * rows * C * C
 
