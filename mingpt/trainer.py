@@ -349,7 +349,10 @@ class Trainer:
 
     def _settings(self) -> dict:
         """The settings of now, for comparison with those of a checkpoint."""
-        config = vars(self.config) | {"seed": self.seed}
+        config = {name: getattr(self.config, name) for name in vars(self.get_default_config())}
+        own = vars(self.config).items() # a script may have settings of its own
+        config |= {name: value for name, value in own if isinstance(value, str | int | float | None)}
+        config["seed"] = self.seed
         groups = [[len(group["params"]), *sorted(group)] for group in self.optimizer.param_groups]
         return dict(config=json.loads(json.dumps(config, default=str)), groups=groups)
 
@@ -371,7 +374,7 @@ class Trainer:
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for group, new in zip(self.optimizer.param_groups, groups):
-            group.update({**new, "params": group["params"]})
+            group.update({key: new[key] for key in ("betas", "momentum", "weight_decay") if key in new})
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.iter_num = self._first_iter = done
         self.best_loss, self.elapsed = checkpoint["best_loss"], checkpoint["elapsed"]

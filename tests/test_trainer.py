@@ -423,13 +423,22 @@ class Checkpoints(Folder):
 
     def test_new_settings_apply_and_are_named(self):
         set_seed(1)
-        make_trainer(max_iters=2, work_dir=self.folder).run()
+        of_a_script = dict(hook=print, table={(1, 2): object()}) # only plain ones are kept
+        make_trainer(max_iters=2, work_dir=self.folder, note="a", **of_a_script).run()
         with self.assertLogs("mingpt", "INFO") as logged:
-            trainer = make_trainer(max_iters=4, work_dir=self.folder, resume=True, weight_decay=0.3, betas=(0.8, 0.9), seed=9)
+            trainer = make_trainer(max_iters=4, work_dir=self.folder, resume=True, weight_decay=0.3, betas=(0.8, 0.9), seed=9, note="b", **of_a_script)
         self.assertEqual([(group["weight_decay"], group["betas"]) for group in trainer.optimizer.param_groups], [(0.3, (0.8, 0.9)), (0.0, (0.8, 0.9))])
         self.assertEqual(trainer.seed, 9)
         self.assertEqual({line.split(":", 2)[2] for line in logged.output if ' was ' in line}, {
-            "max_iters was 2, is 4", "weight_decay was 0.1, is 0.3", "betas was [0.9, 0.95], is [0.8, 0.9]", "seed was 5, is 9"})
+            "max_iters was 2, is 4", "weight_decay was 0.1, is 0.3", "betas was [0.9, 0.95], is [0.8, 0.9]", "seed was 5, is 9", "note was a, is b"})
+
+    def test_a_configuration_may_be_a_class(self):
+        class Settings(CfgNode):
+            learning_rate, max_iters = 0.5, 2
+
+        config = Settings(work_dir=str(self.folder), device="cpu", log_interval=0)
+        Trainer(config, make_trainer().model, Pairs()).run()
+        self.assertEqual(read_checkpoint(self.folder / "checkpoint.pt")["config"]["learning_rate"], 0.5)
 
     def test_every_damaged_file_is_refused_or_as_good_as_whole(self):
         make_trainer(max_iters=2, work_dir=self.folder).run()

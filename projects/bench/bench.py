@@ -6,11 +6,11 @@ How fast minGPT is: beside other libraries, and beside what this machine can do 
     python projects/bench/bench.py train generate --device=cuda     # gpt2 and gpt2-xl in bfloat16 on a GPU
     python projects/bench/bench.py --toy --rounds 1         # tiny sizes: does all of it run?
 
-Needs `pip install -e ".[bench]"` and 12 GB of memory, on a GPU 80 GB; what does not fit or is not installed is left
-out. All ways of a case take turns in one process, so that a busy machine slows all alike. Figures are medians of the
-rounds, with the fastest and the slowest. The limit of a case is the time of its matrix products and memory reads alone,
-at the rates that are measured in the same rounds. Writes PART.jsonl and PART.png to results beside this file, or to
---out.
+Needs `pip install -e ".[bench]"` and 12 GB of memory, on a GPU 80 GB; what does not fit while it runs, or is not
+installed, is left out. All ways of a case take turns in one process, so that a busy machine slows all alike. Figures
+are medians of the rounds, with the fastest and the slowest. The limit of a case is the time of its matrix products and
+memory reads alone, at the rates that are measured in the same rounds. Writes PART.jsonl and PART.png to results beside
+this file, or to --out.
 """
 
 import argparse
@@ -76,7 +76,9 @@ class Bench:
     def __init__(self, part: str, rounds: int, device: str, toy: bool):
         self.part, self.rounds, self.device, self.toy, self.rows = part, rounds, device, toy, []
         self.cases = "toy" if toy else device
-        self.dtype, self.other = (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float32, torch.bfloat16)
+        self.dtype, self.other = torch.float32, torch.bfloat16
+        if device == "cuda":
+            self.dtype, self.other = self.other, self.dtype
         self.other_name = f"mingpt, {str(self.other).removeprefix('torch.')}"
 
     def take_turns(self, ways: dict) -> dict[str, list[float]]:
@@ -94,10 +96,10 @@ class Bench:
                         raise
                     print(f"{name} does not run: {str(error).strip().splitlines()[0]}")
                     del times[name]
-                    self.free()
-                else:
-                    if turn > 0:
-                        times[name].append(1000 * (time.perf_counter() - start))
+                if name not in times:
+                    self.free() # only here, as the error held what it had computed
+                elif turn > 0:
+                    times[name].append(1000 * (time.perf_counter() - start))
         return times
 
     def wait(self) -> None:
@@ -253,10 +255,11 @@ def bench_generate(bench: Bench) -> None:
         first = 2 * B * (prompt * 12 * c.n_layer * c.n_embd ** 2 + c.vocab_size * c.n_embd) * per_operation
         cached = 2 * B * (prompt + new / 2) * c.n_layer * c.n_embd
         least = max(first, read) + (new - 1) * read * (1 + cached / len(weights))
+        other_least = least * bench.other.itemsize / dtype.itemsize
         bandwidth = len(weights) * weights.itemsize / read / 1e6
         bench.report(f"{size}, B {B}, prompt {prompt}, {new} new; {bandwidth:,.1f} GB/s",
                      times, work=B * new, rate="tokens/s", notes=notes,
-                     limit=lambda name: least * (bench.other.itemsize / dtype.itemsize if name == bench.other_name else 1))
+                     limit=lambda name: other_least if name == bench.other_name else least)
         del gpt, peers, models, ways
         bench.free()
 
@@ -480,8 +483,10 @@ def main(args: list[str]) -> None:
         try:
             PARTS[part](bench)
         finally: # what is measured is kept
-            rows = [dict(machine=machine, rounds=args.rounds), *bench.rows]
-            (args.out / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            if bench.rows:
+                rows = [dict(machine=machine, rounds=args.rounds), *bench.rows]
+                text = "".join(json.dumps(row) + "\n" for row in rows)
+                (args.out / f"{part}.jsonl").write_text(text, encoding="utf-8")
         plot(bench.rows, args.out / f"{part}.png")
     print(f"\nrows and pictures: {args.out}")
 

@@ -60,7 +60,7 @@ def get_config() -> CfgNode:
     C.trainer = Trainer.get_default_config()
     del C.trainer.work_dir # it is system.work_dir
     C.trainer.optimizer = "muon" # for the matrices of the blocks; 'adamw' for all
-    C.trainer.momentum = 0.85 # of Muon; AdamW has betas
+    C.trainer.momentum = 0.85 # of Muon alone; AdamW has betas
     C.trainer.max_iters = 2000
     C.trainer.batch_size = 12
     C.trainer.learning_rate = 1e-2

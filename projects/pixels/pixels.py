@@ -43,12 +43,12 @@ def get_config() -> CfgNode:
     C.model = MuonGPT.get_default_config()
     del C.model.vocab_size, C.model.block_size # the pictures decide
     C.model.n_layer, C.model.n_head, C.model.n_embd = 4, 4, 64
-    C.model.resid_pdrop, C.model.attn_pdrop = 0.15, 0.0
+    C.model.resid_pdrop, C.model.attn_pdrop = 0.05, 0.0
 
     C.trainer = Trainer.get_default_config()
     del C.trainer.work_dir # it is system.work_dir
     C.trainer.optimizer = "muon" # for the matrices of the blocks; 'adamw' for all
-    C.trainer.max_iters, C.trainer.batch_size = 3000, 16
+    C.trainer.max_iters, C.trainer.batch_size = 2000, 16
     C.trainer.learning_rate, C.trainer.betas = 1e-2, (0.9, 0.99)
     C.trainer.schedule, C.trainer.eval_interval = "linear", 500
 
