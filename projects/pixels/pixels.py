@@ -1,7 +1,7 @@
 """
 Teaches a GPT to draw handwritten digits pixel by pixel, and recognises digits with it.
 
-    python projects/pixels/pixels.py            # two minutes on a CPU
+    python projects/pixels/pixels.py            # a minute or two on a CPU
     python projects/pixels/pixels.py --help     # every setting
 
 A picture of 8 x 8 pixels becomes a row of 64 tokens, line by line, each one of 17 grey levels. The token in front says
