@@ -115,17 +115,17 @@ class GPT(nn.Module):
 
     @staticmethod
     def get_default_config() -> CfgNode:
-        C = CfgNode()
-        C.model_type = "gpt" # or a name in SIZES
-        C.n_layer = C.n_head = C.n_embd = None # layers, heads and channels, unless model_type sets them
-        C.vocab_size = None # required: number of different tokens
-        C.block_size = None # required: the most tokens that the model can look back on
-        C.embd_pdrop = 0.1 # dropout after the embedding; 0 turns it off
-        C.resid_pdrop = 0.1 # dropout on what is added to the residual stream
-        C.attn_pdrop = 0.1 # dropout on the attention weights
-        C.gelu_approximate = "tanh" # the form of GELU that GPT-2 was trained with; 'none' is the exact one
-        C.tie_weights = True # one matrix embeds the tokens and scores them at the end, as in the GPT papers
-        return C
+        return CfgNode(
+            model_type="gpt", # or a name in SIZES
+            n_layer=None, n_head=None, n_embd=None, # layers, heads and channels, unless model_type sets them
+            vocab_size=None, # required: number of different tokens
+            block_size=None, # required: the most tokens that the model can look back on
+            embd_pdrop=0.1, # dropout after the embedding; 0 turns it off
+            resid_pdrop=0.1, # dropout on what is added to the residual stream
+            attn_pdrop=0.1, # dropout on the attention weights
+            gelu_approximate="tanh", # the form of GELU that GPT-2 was trained with; 'none' is the exact one
+            tie_weights=True, # one matrix embeds the tokens and scores them at the end, as in the GPT papers
+        )
 
     def __init__(self, config: CfgNode):
         """Builds the model with fresh weights. `config` is not changed; the completed copy is `self.config`."""

@@ -101,5 +101,5 @@ class MuonGPT(GPT):
         joined = {p for name, p in self.named_parameters() if name.endswith("c_attn.weight")} # query, key and value
         groups = [{"params": [p for p in matrices if p in joined], "parts": 3},
                   {"params": [p for p in matrices if p not in joined]}]
-        momentum = getattr(train_config, "momentum", 0.95)
-        return Optimizers(adamw, Muon(groups, train_config.learning_rate, train_config.weight_decay, momentum))
+        given = {"momentum": train_config.momentum} if hasattr(train_config, "momentum") else {} # or Muon's default
+        return Optimizers(adamw, Muon(groups, train_config.learning_rate, train_config.weight_decay, **given))

@@ -170,10 +170,10 @@ def in_matrices(c) -> int:
 
 def make_product(rows: int, C: int, dtype, device: str):
     """A way to measure the matrix rate, by the product of the MLP's first layer; and the number of its operations."""
+    least = 10 ** 10 # operations: small products several times
     if device == "cuda":
-        rows = max(rows, 8192) # fewer do not keep it busy
+        rows, least = max(rows, 8192), 10 ** 13 # fewer do not keep it busy
     a, b = torch.randn(rows, C, dtype=dtype, device=device), torch.randn(C, 4 * C, dtype=dtype, device=device)
-    least = 10 ** 13 if device == "cuda" else 10 ** 10 # operations: small products several times
     count = 1 + least // (8 * rows * C * C)
     return lambda: [a @ b for _ in range(count)], count * 8 * rows * C * C
 
