@@ -1,0 +1,117 @@
+"""
+Muon, an optimizer for weight matrices: each step changes all directions of a matrix alike.
+
+    python projects/chargpt/chargpt.py --trainer.optimizer=muon
+
+A few directions dominate the gradient of a weight matrix. Gradient descent moves
+far along them and hardly along the others, and so does AdamW. Muon sets all
+singular values of a step to about 1: of the gradient's U S Vᵀ it keeps U Vᵀ, the
+nearest orthogonal matrix. Source: https://kellerjordan.github.io/posts/muon/ (2024).
+torch.optim.Muon computes in bfloat16, which is slow on many processors (32 times as
+slow on one without AVX-512), and does not balance rows.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+
+def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Sets all singular values of a matrix to about 1: (m, n) -> (m, n).
+
+    Each Newton-Schulz step turns a singular value s into a s + b s³ + c s⁵. With these
+    a, b and c small values grow fast: after five steps nearly all are 0.7 to 1.2.
+    """
+    if matrix.size(0) > matrix.size(1):
+        # the products of the transposed matrix are smaller
+        return orthogonalize(matrix.T, steps).T
+
+    a, b, c = 3.4445, -4.7750, 2.0315
+    # no singular value is larger than the norm
+    x = matrix / (matrix.norm() + 1e-7)
+    for _ in range(steps):
+        A = x @ x.T  # (m, m)
+        # addmm adds a product to a matrix in one pass: this is B = b A + c A A
+        B = torch.addmm(A, A, A, beta=b, alpha=c)  # (m, m)
+        # and this is x = a x + B x
+        x = torch.addmm(x, B, x, beta=a)  # (m, n)
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Trains matrices by orthogonal steps, with decoupled weight decay.
+
+    A parameter group with parts=3 holds matrices stacked from three, such as query,
+    key and value: each third is orthogonalized by itself. Rows that took long steps
+    lately take shorter ones, so that all neurons learn alike ("NorMuon", Li et al.
+    2025, algorithm 1). A step changes a weight by 0.2 times the learning rate (root
+    mean square), as far as AdamW does, so that one learning rate serves both (Liu et
+    al. 2025, "Muon is Scalable for LLM Training", section 2.2).
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95,
+                 beta2: float = 0.95):
+        defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, beta2=beta2, parts=1)
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Changes every matrix that has a gradient."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    self._step_matrix(matrix, group)
+
+    def _step_matrix(self, matrix: torch.Tensor, group: dict) -> None:
+        state = self.state[matrix]
+        if not state:
+            # exponential moving averages of the gradient and of each row's square
+            state["gradient"] = torch.zeros_like(matrix)  # (m, n)
+            state["row_square"] = torch.zeros_like(matrix[:, :1])  # (m, 1)
+
+        state["gradient"].lerp_(matrix.grad, 1 - group["momentum"])
+        # Nesterov's momentum looks one step ahead
+        gradient = matrix.grad.lerp(state["gradient"], group["momentum"])
+        parts = gradient.chunk(group["parts"])
+        direction = torch.cat([orthogonalize(part) for part in parts])  # (m, n)
+
+        row_square = direction.square().mean(dim=1, keepdim=True)  # (m, 1)
+        state["row_square"].lerp_(row_square, 1 - group["beta2"])
+        direction = direction / (state["row_square"].sqrt() + 1e-8)
+        # its length becomes 1, and that of the step 0.2 for each weight
+        direction = F.normalize(direction, dim=(0, 1))
+        length = group["lr"] * 0.2 * math.sqrt(matrix.numel())
+
+        matrix.mul_(1 - group["lr"] * group["weight_decay"])
+        matrix.sub_(direction, alpha=length)
+
+
+class JoinedOptimizer(torch.optim.Optimizer):
+    """Joins several optimizers to one, which torch's schedulers accept.
+
+    It has all groups and the state of its parts, and they work on these same objects.
+    """
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = parts
+        for part in parts:
+            self.state.update(part.state)
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def step(self) -> None:
+        """Takes a step of each part."""
+        for part in self.parts:
+            part.step()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Loads a state_dict(); the new groups and state are those of the parts, too."""
+        super().load_state_dict(state_dict)
+        self._share()
