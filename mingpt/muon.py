@@ -115,3 +115,20 @@ class JoinedOptimizer(torch.optim.Optimizer):
         """Loads a state_dict(); the new groups and state are those of the parts, too."""
         super().load_state_dict(state_dict)
         self._share()
+
+
+def join_muon(groups: list[dict], in_blocks: set, stacked: set, config) -> JoinedOptimizer:
+    """Makes Muon for the blocks' matrices, joined with AdamW for all other parameters.
+
+    groups: AdamW's two groups, the matrices first. in_blocks: parameters of the
+    blocks. stacked: matrices stacked from three. config: the settings of the trainer.
+    """
+    matrices = [p for p in groups[0]["params"] if p in in_blocks and p.requires_grad]
+    rest = [p for p in groups[0]["params"] if p not in set(matrices)]
+    muon_groups = [{"params": [p for p in matrices if p in stacked], "parts": 3},
+                   {"params": [p for p in matrices if p not in stacked]}]
+    adamw = torch.optim.AdamW([{"params": rest}, groups[1]], lr=config.learning_rate,
+                              betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    muon = Muon(muon_groups, lr=config.learning_rate, weight_decay=config.weight_decay,
+                momentum=getattr(config, "momentum", 0.95))
+    return JoinedOptimizer(adamw, muon)

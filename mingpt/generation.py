@@ -1,0 +1,198 @@
+"""
+How a GPT writes: token by token, each one chosen by the scores of the last.
+
+    idx = model.generate(idx, 50, temperature=0.8, do_sample=True, top_k=40)
+
+The plain way reads the whole row again for each new token. A cache keeps the keys
+and values of the tokens that were read, so that only the new token is computed.
+Both ways give the same tokens.
+"""
+
+import inspect
+import math
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mingpt.utils import CN, check_config, eval_mode
+
+RULES = (  # names of settings, test of a value, what is expected
+    ("max_new_tokens", lambda v: operator.index(v) >= 0, "a whole number, 0 or more"),
+    ("temperature", lambda v: 0 <= v < math.inf, "0 (greedy) or more"),
+    ("top_k", lambda v: v is None or operator.index(v) >= 1,
+     "a whole number above 0, or None for all tokens"),
+    ("top_p", lambda v: v is None or 0 < v <= 1,
+     "a share above 0 and up to 1, or None for all tokens"),
+)
+# Modules of torch that treat each token for itself.
+TOKENWISE = {
+    nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.Identity, nn.Sequential,
+    nn.ModuleList, nn.ModuleDict, nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU,
+}
+
+
+def write(model: Any, idx: Tensor, max_new_tokens: int, temperature: float, do_sample: bool,
+          top_k: int | None, top_p: float | None, stop_token: int | None,
+          use_cache: bool) -> Iterator[Tensor]:
+    """Checks the settings of GPT.generate and returns the new tokens, (B, 1) each."""
+    V = model.config.vocab_size
+    if idx.dim() != 2 or idx.size(1) == 0:
+        raise ValueError(f"got a prompt of shape {tuple(idx.shape)}, "
+                         "expected (B, T) with one token or more a row")
+    if idx.numel() > 0 and not 0 <= idx.min() <= idx.max() < V:
+        raise ValueError(f"got tokens from {idx.min()} to {idx.max()}, expected 0 to {V - 1}")
+    settings = CN(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+                  top_p=top_p, stop_token=stop_token)
+    is_token = lambda v: v is None or 0 <= operator.index(v) < V
+    check_config(settings, (*RULES, ("stop_token", is_token, f"a token from 0 to {V - 1}")))
+    choose = make_choice(temperature, do_sample, top_k, top_p)
+    return _write(model, idx, max_new_tokens, choose, stop_token, use_cache)
+
+
+def _write(model: Any, idx: Tensor, max_new_tokens: int, choose: Callable,
+           stop_token: int | None, use_cache: bool) -> Iterator[Tensor]:
+    """Writes token by token; the model is in eval mode whenever it is asked for one."""
+    block_size = model.block_size
+    window = idx[:, -block_size:]  # (B, T), what the model reads
+    stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)  # (B, 1)
+    cache = None
+    if use_cache and can_cache(model):
+        room = min(idx.size(1) + max_new_tokens, block_size)
+        cache = [KVCache(room) for _ in model.transformer.h]
+
+    for _ in range(max_new_tokens):
+        if cache is None:
+            logits, _ = model(window)  # (B, T, V)
+        else:
+            # The prompt at first, then one token each time.
+            unread = window[:, cache[0].length:]
+            logits, _ = model(unread, cache=cache)  # (B, 1, V)
+            # A full window slides from here on, so each token changes its position.
+            # A part that leaves its cache empty does not take part.
+            T = window.size(1)
+            if T == block_size or any(part.length != T for part in cache):
+                cache = None
+        token = choose(logits[:, -1])  # (B, V) -> (B, 1)
+        if stop_token is not None:
+            token = token.masked_fill(stopped, stop_token)
+            stopped = stopped | (token == stop_token)
+        yield token
+        if stop_token is not None and stopped.all():
+            return
+        window = torch.cat([window, token], dim=1)[:, -block_size:]  # (B, T + 1) at most
+
+
+def one_by_one(model: Any, tokens: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Yields each token as (B,). Between two tokens the model is in the mode it was in."""
+    while True:
+        with torch.no_grad(), eval_mode(model):
+            token = next(tokens, None)
+        if token is None:
+            return
+        yield token[:, 0]  # (B, 1) -> (B,)
+
+
+def make_choice(temperature: float, do_sample: bool, top_k: int | None,
+                top_p: float | None) -> Callable[[Tensor], Tensor]:
+    """Returns the function that chooses the next token: logits (B, V) -> (B, 1)."""
+    # To divide by less than 1e-30 would overflow.
+    if not do_sample or temperature < 1e-30:
+        return lambda logits: logits.argmax(dim=-1, keepdim=True)
+    return lambda logits: torch.multinomial(
+        logits_to_probs(logits, temperature, top_k, top_p), num_samples=1)
+
+
+def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
+                    top_p: float | None = None) -> Tensor:
+    """Computes the probabilities to draw the next token from: (B, V) -> (B, V).
+
+    A temperature above 1 makes all tokens more alike, one below 1 favours the likely.
+    top_k keeps the k likeliest tokens. top_p then keeps the fewest tokens that have
+    this much probability together (Holtzman et al. 2019, section 3.1).
+    """
+    logits = at_least_float32(logits) / temperature
+    if top_k is not None:
+        k = min(top_k, logits.size(-1))
+        kth = logits.topk(k).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probs = logits.softmax(dim=-1)
+    if top_p is not None:
+        ordered, order = probs.sort(dim=-1, descending=True)  # (B, V) each
+        # A token is removed if the likelier tokens already reach top_p.
+        removed = ordered.cumsum(dim=-1) - ordered >= top_p
+        ordered = ordered.masked_fill(removed, 0.0)
+        probs = torch.zeros_like(probs).scatter(-1, order, ordered)
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+    return probs
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Converts half precision to float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class KVCache:
+    """Holds the keys and values of one layer for the tokens that were read."""
+
+    def __init__(self, max_length: int):
+        self.max_length = max_length
+        self.length = 0
+        self.k: Tensor | None = None  # (B, nh, max_length, hs)
+        self.v: Tensor | None = None  # (B, nh, max_length, hs)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds T tokens, (B, nh, T, hs) each; returns all, (B, nh, length, hs) each."""
+        if self.k is None or self.v is None:
+            B, nh, T, hs = k.shape
+            self.k = k.new_empty(B, nh, self.max_length, hs)
+            self.v = v.new_empty(B, nh, self.max_length, hs)
+        start = self.length
+        self.length += k.size(2)
+        self.k[:, :, start:self.length] = k
+        self.v[:, :, start:self.length] = v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+
+
+def can_cache(model: Any) -> bool:
+    """Tells whether generation with the cache surely gives the same tokens as without.
+
+    A part of one's own takes part by an argument `cache=None` of its forward.
+    """
+    blocks = list(model.transformer.h)
+    parts = [model.forward, model.features]
+    for block in blocks:
+        attention = getattr(block, "attn", block)
+        # Attention by a mask of its own may look ahead.
+        if attention.__dict__["_buffers"].get("bias") is not None:
+            return False
+        parts += [block.forward, attention.forward]
+    takes_all = all(takes_cache(part) for part in parts)
+    watched = nn.modules.module._has_any_global_hook()
+    return takes_all and not watched and all(map(is_tokenwise, model.modules()))
+
+
+def is_tokenwise(module: nn.Module) -> bool:
+    """Tells whether a module is known to treat each token for itself, or takes a cache."""
+    if has_hooks(module):
+        return False
+    if type(module) in TOKENWISE and "forward" not in vars(module):
+        return True
+    methods = [getattr(module, name, None) for name in ("forward", "features", "mlpf")]
+    return all(is_own(method) or takes_cache(method) for method in methods if method)
+
+
+def is_own(method: Callable) -> bool:
+    """Tells whether a method is the library's, and not one that replaces it."""
+    return getattr(method, "__globals__", {}).get("__name__") == "mingpt.model"
+
+
+def takes_cache(method: Callable) -> bool:
+    return "cache" in inspect.signature(method, follow_wrapped=False).parameters
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tells whether somebody watches or changes what goes in or comes out."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
