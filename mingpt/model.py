@@ -114,10 +114,12 @@ class CausalSelfAttention(nn.Module):
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         if name == "bias" and value is None:
-            # Whoever asks for the mask may change it, so it is kept from now on.
+            # Whoever asks for the mask may change it, so it takes part from now on.
             T = self.block_size
-            value = torch.ones(T, T, device=self.c_proj.weight.device).tril()  # (T, T)
-            self.bias = value = value.view(1, 1, T, T)  # (T, T) -> (1, 1, T, T)
+            mask = torch.ones(T, T, device=self.c_proj.weight.device).tril()  # (T, T)
+            value = mask.view(1, 1, T, T)  # (T, T) -> (1, 1, T, T)
+            self._buffers["bias"] = value
+            self.fused = False
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
