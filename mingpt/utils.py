@@ -1,114 +1,246 @@
 """
-What the rest of minGPT shares: configuration, seeds, the log, eval mode, files that appear whole.
+Holds what the rest of minGPT shares: configuration, seeds, log, atomic files, scripts.
 
-    python projects/adder/adder.py --help                      # every field of a configuration, with its default
-    python projects/adder/adder.py --trainer.max_iters=500     # set one of them
+    python projects/adder/adder.py --help                      # every setting
+    python projects/adder/adder.py --trainer.max_iters=500     # set one
 """
 
 import ast
 import contextlib
 import difflib
-import functools
 import glob
+import inspect
 import json
 import logging
 import math
 import os
 import random
+import re
 import shlex
 import sys
+import textwrap
 import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+# -----------------------------------------------------------------------------
+# Configuration
+
+
 class CfgNode(SimpleNamespace):
-    """A configuration: named values, some of which are configurations themselves.
+    """Holds named values; some of them are configurations themselves.
 
     >>> config = CfgNode(seed=1, model=CfgNode(n_layer=2))
-    >>> config.merge_from_args(['--model.n_layer=3'])
-    >>> config.to_dict()
-    {'seed': 1, 'model': {'n_layer': 3}}
+    >>> config.merge_from_args(["--model.n_layer=3"])
+    >>> print(config)
+    seed: 1
+    model:
+        n_layer: 3
     """
 
     def __str__(self) -> str:
-        return "\n".join(f"{name} = {value!r}" for name, value in self.fields().items())
+        lines = []
+        for name, value in vars(self).items():
+            if isinstance(value, CfgNode):
+                lines.append(f"{name}:")
+                lines.append(textwrap.indent(str(value), "    "))
+            else:
+                lines.append(f"{name}: {value}")
+        return "\n".join(lines)
 
     def to_dict(self) -> dict:
-        """The same values as plain nested dictionaries."""
-        return {k: v.to_dict() if isinstance(v, CfgNode) else v for k, v in vars(self).items()}
+        """Returns the values as nested dictionaries: {"seed": 1, "model": {"n_layer": 3}}."""
+        values = {}
+        for name, value in vars(self).items():
+            values[name] = value.to_dict() if isinstance(value, CfgNode) else value
+        return values
 
-    def fields(self, prefix: str = "") -> dict:
-        """All values by their dotted names, those of nested configurations included."""
-        flat: dict = {}
-        for key, value in vars(self).items():
-            flat.update(value.fields(f"{prefix}{key}.") if isinstance(value, CfgNode) else {prefix + key: value})
-        return flat
+    def fields(self) -> dict:
+        """Returns the values by their dotted names: {"seed": 1, "model.n_layer": 3}."""
+        values = {}
+        for name, value in vars(self).items():
+            if isinstance(value, CfgNode):
+                for inner_name, inner_value in value.fields().items():
+                    values[f"{name}.{inner_name}"] = inner_value
+            else:
+                values[name] = value
+        return values
 
     def merge_from_dict(self, d: dict) -> None:
-        """Sets the values of `d`; a dictionary given for a nested configuration is merged into it."""
-        for key, value in d.items():
-            old = getattr(self, key, None)
+        """Sets the values of `d`; a dictionary for a nested configuration is merged into it."""
+        for name, value in d.items():
+            old = getattr(self, name, None)
             if isinstance(old, CfgNode) and isinstance(value, dict):
                 old.merge_from_dict(value)
             else:
-                setattr(self, key, value)
+                setattr(self, name, value)
 
     def merge_from_args(self, args: list[str]) -> None:
-        """Sets fields from a command line, `--a.b=value` or `--a.b value`; `--help` prints all fields and exits.
+        """Sets fields from a command line, `--a.b=value` or `--a.b value`.
 
-        A value has the type of the field's default. Raises ValueError, with nothing changed, for an unknown field or a
-        value of another type.
+        A value has the type of the field's default. `--help` prints all fields, with the
+        comments beside them in the caller's function get_config, and exits. Raises
+        ValueError, with nothing changed, for an unknown field or a value of another type.
         """
-        fields, changes, words = self.fields(), {}, iter(args)
+        fields = self.fields()
         if "--help" in args or "-h" in args:
-            print("Settings, each with its default:\n")
-            print("\n".join(f"  --{name}={'' if value is None else value}" for name, value in fields.items()))
+            get_config = sys._getframe(1).f_globals.get("get_config")
+            comments = _read_comments(get_config) if get_config else {}
+            print_line("Settings, each with its default:\n\n" + _format_help(fields, comments))
             raise SystemExit(0)
+
+        changes = {}
+        words = iter(args)
         for word in words:
-            name, equals, text = word.removeprefix("--").partition("=")
-            if name not in fields or not word.startswith("--"):
-                hint = "".join(f"; did you mean --{near}?" for near in difflib.get_close_matches(name, fields, 1))
-                raise ValueError(f"there is no setting {word.partition('=')[0]}{hint} (--help lists them all)")
-            if (value := text if equals else next(words, None)) is None:
-                raise ValueError(f"got {word} without a value, expected --{name}=value")
+            option, equals, text = word.partition("=")
+            name = option.removeprefix("--")
+            if not option.startswith("--") or name not in fields:
+                hint = _suggest(name, fields, "--")
+                raise ValueError(f"there is no setting {option}{hint} (--help lists them all)")
+            value = text if equals else next(words, None)
+            if value is None:
+                raise ValueError(f"got {option} without a value, expected {option}=value")
             changes[name] = _parse(name, value, fields[name])
+
         for name, value in changes.items():
-            *groups, key = name.split(".")
-            setattr(functools.reduce(getattr, groups, self), key, value)
+            *groups, last = name.split(".")
+            node = self
+            for group in groups:
+                node = getattr(node, group)
+            setattr(node, last, value)
+
+
+# minGPT's short name
+CN = CfgNode
+
 
 def _parse(name: str, text: str, default):
-    """The value that `text` stands for, given the field's default: _parse('x', '1e-3', 0.1) -> 0.001."""
+    """Returns the value of a text, in the type of the default: ("x", "1e-3", 0.1) -> 0.001."""
     if isinstance(default, str):
         return None if text == "None" and default else text
     try:
         value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        value = text # a path, a device name, a word
+    except (ValueError, SyntaxError, TypeError):
+        # A path, the name of a device, a word.
+        value = text
+
+    if default is None and isinstance(value, str):
+        return text
+    # An integer may be written as 1e3, a float as 1.
     if isinstance(value, float) and value.is_integer() and not isinstance(default, float):
-        value = int(value) # 1e3
-    if default is None:
-        return text if isinstance(value, str) else value
+        value = int(value)
     if isinstance(default, float) and type(value) is int:
         value = float(text)
     if isinstance(default, (tuple, list)) and isinstance(value, (tuple, list)):
         value = type(default)(value)
-    if type(value) is not type(default) or (isinstance(value, float) and not math.isfinite(value)):
-        raise ValueError(f"--{name} takes a value of type {type(default).__name__} like {default!r}, got {text[:80]!r}")
+
+    is_infinite = isinstance(value, float) and not math.isfinite(value)
+    if is_infinite or default is not None and type(value) is not type(default):
+        expected = f"a value of type {type(default).__name__} like {default!r}"
+        raise ValueError(f"--{name} takes {expected}, got {text[:80]!r}")
     return value
 
-def check_config(config: CfgNode, rules) -> None:
-    """Raises ValueError for the first field that breaks its rule: (names of fields, test of a value, expectation)."""
+
+def _read_comments(build: Callable) -> dict[str, str]:
+    """Returns the comments beside the fields that a function sets, by dotted name.
+
+    `C.seed = 1  # draws the weights` -> {"seed": "draws the weights"}. A line with
+    `Name.get_default_config()` brings in the comments of that function.
+    """
+    comments: dict[str, str] = {}
+    try:
+        source = inspect.getsource(build)
+    except (OSError, TypeError):
+        return comments
+    for line in source.splitlines():
+        code, _, comment = line.partition("  # ")
+        names = re.findall(r"\w+\.([\w.]+) = ", code)
+        part = re.search(r"(\w+)\.get_default_config\(\)", code)
+        if part and part[1] in build.__globals__:
+            prefix = f"{names[0]}." if names else ""
+            inner = _read_comments(build.__globals__[part[1]].get_default_config)
+            comments.update({prefix + name: text for name, text in inner.items()})
+        elif comment:
+            comments.update({name: comment.strip() for name in names})
+    return comments
+
+
+def _format_help(fields: dict, comments: dict[str, str]) -> str:
+    """Returns one line for each field, its comment from column 34 on, within 80 columns."""
+    lines = []
+    for name, value in fields.items():
+        text = "" if value is None else value
+        option = f"  --{name}={text}"
+        if name in comments:
+            option = textwrap.fill(
+                comments[name], 80, initial_indent=f"{option}  ".ljust(34),
+                subsequent_indent=" " * 34, break_long_words=False, break_on_hyphens=False)
+        lines.append(option)
+    return "\n".join(lines)
+
+
+# Names from other libraries, and the names of the same settings here.
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "dropout": "embd_pdrop resid_pdrop attn_pdrop",
+    "epochs": "max_iters",
+    "context_length": "block_size",
+    "n_ctx": "block_size",
+    "n_positions": "block_size",
+    "d_model": "n_embd",
+    "hidden_size": "n_embd",
+}
+
+
+def _suggest(name: str, known: Iterable[str], dashes: str = "") -> str:
+    """Returns a hint: ("lr", ["learning_rate"]) -> "; did you mean learning_rate?"."""
+    last = name.rpartition(".")[2]
+    meant = OTHER_NAMES.get(last, last).split()
+    near = [field for field in known if field.rpartition(".")[2] in meant]
+    if not near:
+        near = difflib.get_close_matches(name, known, 1)
+    if not near:
+        return ""
+    return f"; did you mean {', '.join(dashes + field for field in near)}?"
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def warn_unknown(config, known: Iterable[str], owner: str) -> None:
+    """Logs a warning for each field of a configuration that is not known, once for each owner."""
+    for name in vars(config):
+        if name not in known and (owner, name) not in _warned:
+            _warned.add((owner, name))
+            logger.warning(f"{owner} does not use {name}{_suggest(name, known)}")
+
+
+def check_config(config, rules: Iterable[tuple[str, Callable, str]]) -> None:
+    """Raises ValueError for the first field that breaks its rule.
+
+    A rule has the names of settings, the test of a value, and the words for the error:
+    ("n_head n_embd", lambda value: value > 0, "a positive integer").
+    """
     for names, test, expected in rules:
         for name in names.split():
+            value = getattr(config, name)
             try:
-                good = test(getattr(config, name))
-            except (TypeError, ValueError, OverflowError): # a text where a number should be
+                good = test(value)
+            except (TypeError, ValueError, OverflowError):
+                # The value is a text where a number should be, for example.
                 good = False
             if not good:
-                raise ValueError(f"got {name}={getattr(config, name)!r}, expected {expected}")
+                raise ValueError(f"got {name}={value!r}, expected {expected}")
+
+
+# -----------------------------------------------------------------------------
+# Seeds
+
 
 def set_seed(seed: int) -> None:
     """Seeds the random generators of Python, NumPy and torch (on every device)."""
@@ -116,52 +248,106 @@ def set_seed(seed: int) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
 
+
+# -----------------------------------------------------------------------------
+# Log
+
+
+def is_first() -> bool:
+    """Says whether this process is the first, or the only one: only that one talks and writes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_line(text: str) -> None:
+    """Prints a text to the stdout of this moment, which a notebook may have replaced.
+
+    Where nobody reads it any more (`| head`, a closed terminal), stdout leads nowhere from
+    then on: a training goes on, and Python does not complain at its exit.
+    """
+    try:
+        try:
+            print(text, flush=True)
+        except UnicodeEncodeError:
+            print(text.encode("ascii", "replace").decode(), flush=True)
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
 class _Console(logging.Handler):
+    """Prints the log of the first process."""
+
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), flush=True) # to the stdout of this moment, which a notebook may have replaced
+        if is_first():
+            print_line(self.format(record))
+
 
 class _LogFile(logging.FileHandler):
-    """The log.txt of a run."""
+    """Writes the log.txt of a run."""
 
-FIRST = os.environ.get("RANK", "0") == "0" # of several processes under torchrun one speaks and writes
+
 logger = logging.getLogger("mingpt")
-if not logger.handlers:
+# A user may have set it up already.
+if not logger.handlers and logger.level == logging.NOTSET:
     logger.addHandler(_Console())
-    logger.setLevel(logging.INFO if FIRST else logging.WARNING)
+    logger.setLevel(logging.INFO)
     logger.propagate = False
 
-def setup_logging(config: CfgNode) -> None:
-    """Also writes the log to log.txt in config.system.work_dir, and to args.txt and config.json what repeats it."""
-    if not config.system.work_dir:
-        raise ValueError("got an empty work_dir, expected the name of a folder for the log and the model")
-    if FIRST:
-        work_dir = Path(config.system.work_dir)
-        work_dir.mkdir(parents=True, exist_ok=True)
-        args_path = work_dir / "args.txt" # has a line for each time that the run is resumed
-        with naming(args_path), open(args_path, "a", encoding="utf-8") as file:
-            file.write(shlex.join(sys.argv) + "\n")
-        with replacing(work_dir / "config.json") as part:
-            part.write_text(json.dumps(config.to_dict(), indent=4, default=str) + "\n", encoding="utf-8")
-        for earlier in [handler for handler in logger.handlers if isinstance(handler, _LogFile)]:
-            logger.removeHandler(earlier)
-            earlier.close()
-        logger.addHandler(_LogFile(work_dir / "log.txt", encoding="utf-8"))
 
-def progress(items, label: str, total: int):
-    """Yields the items, and shows how far it is if that takes long and the package tqdm is installed."""
+def setup_logging(config: CfgNode) -> None:
+    """Writes the log to log.txt in config.system.work_dir from now on.
+
+    The folder also gets args.txt, the command line, one line for each start and resume, and
+    config.json. Raises ValueError for an empty work_dir.
+    """
+    if not config.system.work_dir:
+        raise ValueError("got an empty work_dir, expected a folder for the log and the model")
+    if not is_first():
+        return
+    work_dir = Path(config.system.work_dir).expanduser()
+    work_dir.mkdir(parents=True, exist_ok=True)
+
+    args_path = work_dir / "args.txt"
+    with naming_file(args_path), open(args_path, "a", encoding="utf-8") as file:
+        file.write(shlex.join(sys.argv) + "\n")
+    with replacing(work_dir / "config.json") as part:
+        text = json.dumps(config.to_dict(), indent=4, default=str)
+        part.write_text(text + "\n", encoding="utf-8")
+
+    # The log of an earlier run in this process ends here.
+    for handler in list(logger.handlers):
+        if isinstance(handler, _LogFile):
+            logger.removeHandler(handler)
+            handler.close()
+    logger.addHandler(_LogFile(work_dir / "log.txt", encoding="utf-8"))
+
+
+def progress(items: Iterable, label: str, total: int) -> Iterable:
+    """Returns the items; shows how far their use is where tqdm is installed and it takes long."""
     try:
         from tqdm import tqdm
     except ImportError:
         logger.info(f"{label} ...")
         return items
-    return tqdm(items, label, total, delay=2, leave=False, disable=None if FIRST else True) # None: only on a terminal
+    # None shows it only on a terminal.
+    disable = None if is_first() else True
+    return tqdm(items, label, total, delay=2, leave=False, disable=disable)
 
-_switching = threading.RLock() # all threads share the modes of a model
+
+# -----------------------------------------------------------------------------
+# Modes
+
+_locks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
 
 @contextlib.contextmanager
-def eval_mode(model: torch.nn.Module):
-    """Puts a model into eval mode for a block, then puts each module back into the mode it was in."""
-    with _switching:
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode for a block, then each module back into its mode.
+
+    One thread at a time: another that left first would turn dropout on again.
+    """
+    with _locks.setdefault(model, threading.RLock()):
         training = [module for module in model.modules() if module.training]
         try:
             for module in training:
@@ -171,38 +357,64 @@ def eval_mode(model: torch.nn.Module):
             for module in training:
                 module.training = True
 
+
+# -----------------------------------------------------------------------------
+# Atomic files: complete or absent
+
+
+def cache_folder() -> Path:
+    """Returns the folder of downloads: $MINGPT_CACHE, else ~/.cache/mingpt."""
+    given = os.environ.get("MINGPT_CACHE")
+    if given:
+        return Path(given).expanduser()
+    return Path.home() / ".cache" / "mingpt"
+
+
 @contextlib.contextmanager
-def naming(path: str | Path):
-    """Names the file in an error of the block that names none, as that of a full disk."""
+def naming_file(path: str | Path) -> Iterator[None]:
+    """Adds the file's name to an OSError that lacks it, such as "disk full"."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if not error.filename:
+            error.filename = str(path)
         raise
 
-@contextlib.contextmanager
-def replacing(path: str | Path):
-    """Yields a path beside `path` to write to; it replaces `path` when the block ends without an error.
 
-    So nobody ever sees half a file, not even after a crash. A file has one writer at a time: what a killed one left
-    behind is removed.
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write to; it replaces `path` if the block ends well.
+
+    Nobody ever sees half a file, not even after a crash. A file has one writer at a time,
+    so leftovers of a killed writer are removed.
     """
     path = Path(path)
-    for left in path.parent.glob(glob.escape(path.name) + ".*.tmp"):
-        left.unlink(missing_ok=True)
+    for leftover in path.parent.glob(glob.escape(path.name) + ".*.tmp"):
+        leftover.unlink(missing_ok=True)
     part = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with naming(path):
+        with naming_file(path):
             yield part
+            # The bytes are on the disk before the name leads to them.
             with open(part, "rb+") as file:
-                os.fsync(file.fileno()) # on disk before the name points to it
+                os.fsync(file.fileno())
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
-def run_script(main) -> None:
-    """Calls main(command line); mistakes of a user end with a line `error: …`, and MINGPT_TRACEBACK=1 shows where."""
-    sys.stdout.reconfigure(errors="replace") # type: ignore[union-attr] # a terminal may lack UTF-8
+
+# -----------------------------------------------------------------------------
+# Scripts
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Calls main(command line); an error of the user is printed as one line, `error: …`.
+
+    The environment variable MINGPT_TRACEBACK=1 shows where an error comes from.
+    """
+    # A terminal may lack UTF-8; a notebook's stdout and pythonw's None have no encoding.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
@@ -212,3 +424,8 @@ def run_script(main) -> None:
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+# For files that still use the old names.
+FIRST = is_first()
+naming = naming_file
