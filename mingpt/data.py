@@ -1,98 +1,176 @@
 """
-A row of tokens: encode_file makes one from a text file, TokenDataset cuts it into examples to train on.
+From a text to the batches of a step: text -> tokens in a file -> windows -> batches.
 
-    encode_file(get_encoder(), "corpus.txt", "corpus.bin")      # in a script: under `if __name__ == "__main__":`
+    encode_file(get_encoder(), "corpus.txt", "corpus.bin")
     tokens = np.memmap("corpus.bin", dtype=np.uint16, mode="r")
     train_dataset = TokenDataset(tokens[:-100_000], block_size=128)
     val_dataset = TokenDataset(tokens[-100_000:], block_size=128, stride=128)
 """
 
-import os
-import re
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+import functools
+import math
+import signal
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
+import regex
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from mingpt.utils import progress, replacing
 
-class TokenDataset(Dataset):
-    """Windows of a row of tokens (array, memmap, tensor), `stride` apart: x (T,) and y (T,), which is one token later.
+PART_CHARACTERS = 1 << 16
 
-    With stride = block_size, as for validation, every token but the first is a target once: repeated targets are -1.
+
+def read_text(path: str | Path) -> str:
+    """Reads UTF-8, with each line end as \\n; ValueError for no file or another encoding."""
+    return "".join(_read_parts(path))
+
+
+def _read_parts(path: str | Path) -> Iterator[str]:
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"there is no text file {path}")
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            # reads until nothing is left
+            yield from iter(lambda: file.read(PART_CHARACTERS), "")
+        except UnicodeDecodeError as error:
+            # error.object ends where the file is read to
+            place = file.buffer.tell() - len(error.object) + error.start
+            raise ValueError(f"{path} is not UTF-8 text: byte {error.object[error.start]:#04x} "
+                             f"at position {place}; save it as UTF-8 first") from None
+
+
+def encode_file(encoder, path: str | Path, out: str | Path,
+                allowed_special: str | Iterable[str] = ()) -> int:
+    """Encodes a text file to a file of uint16 tokens, and returns their number.
+
+    They are the tokens of encoder.encode(read_text(path), allowed_special), but memory
+    holds only a part of the text, or one run of letters if that is longer.
+    """
+    path = Path(path).expanduser()
+    out = Path(out).expanduser()
+    if out.is_dir() or out.resolve() == path.resolve():
+        raise ValueError(f"got {out} for the tokens of {path}, expected the name of another file")
+    if max(encoder.decoder) > 65535:
+        raise ValueError(f"the vocabulary goes up to {max(encoder.decoder)}, uint16 to 65535")
+    special = [allowed_special] if isinstance(allowed_special, str) else list(allowed_special)
+
+    # A word ends where a letter meets another sign, and before white space. There the
+    # text is cut, but not between two characters that are neighbours in a special token.
+    neighbours = [regex.escape(token[i:i + 2]) for token in special for i in range(len(token) - 1)]
+    inside = f"(?!{'|'.join(neighbours)})" if neighbours else ""
+    last_cut = regex.compile(rf"(?r){inside}(?:\p{{L}}(?=\P{{L}})|\S(?=\s))")
+    count = path.stat().st_size // PART_CHARACTERS + 1
+    rest = ""
+    with replacing(out) as new, open(new, "wb") as file:
+        for part in progress(_read_parts(path), f"encoding {path}", count):
+            searched = max(0, len(rest) - 1)
+            rest += part
+            cut = last_cut.search(rest, searched)
+            if cut is not None:
+                tokens = encoder.encode(rest[:cut.end()], special)
+                np.array(tokens, dtype=np.uint16).tofile(file)
+                rest = rest[cut.end():]
+        np.array(encoder.encode(rest, special), dtype=np.uint16).tofile(file)
+    return out.stat().st_size // 2
+
+
+class TokenDataset(Dataset):
+    """Cuts a row of tokens into windows: x (T,), and y (T,), which is one token later.
+
+    T is block_size; windows are `stride` apart. The last one would pass the end, so it
+    starts earlier; targets it shares with the one before are ignored (-1). Both are 4 here:
+
+        0 1 2 3 4 5 6 7 8 9     tokens
+        0 1 2 3                 x, y =  1  2  3  4
+                4 5 6 7         x, y =  5  6  7  8
+                  5 6 7 8       x, y = -1 -1 -1  9
     """
 
     def __init__(self, tokens, block_size: int, stride: int = 1):
-        self.tokens, self.block_size, self.stride = np.asarray(tokens), block_size, stride
-        self.last = len(self.tokens) - block_size - 1 # the last window begins here, as it ends with the row
-        if self.last < 0 or not 1 <= stride <= block_size:
-            raise ValueError(f"got a row of {len(self.tokens)} tokens for a block_size of {block_size}; take a longer "
-                             f"text or a smaller block_size, and a stride from 1 to block_size (got {stride})")
+        self.tokens = np.asarray(tokens)
+        self.block_size = block_size
+        self.stride = stride
+        self.last_start = len(self.tokens) - block_size - 1
+        if not 1 <= stride <= block_size:
+            raise ValueError(f"got block_size={block_size} and stride={stride}, "
+                             "expected a stride from 1 to block_size")
+        if self.last_start < 0:
+            raise ValueError(f"got a text of {len(self.tokens)} tokens, expected {block_size + 1} "
+                             f"or more: take a longer one, or a block_size below {block_size}")
 
     def __len__(self) -> int:
-        return len(range(0, self.last, self.stride)) + 1
+        return math.ceil(self.last_start / self.stride) + 1
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch: x (B, T) and y (B, T)."""
-        starts = np.asarray(indices)[:, None] * self.stride # (B, 1)
-        repeated = np.maximum(starts - self.last, 0) # the last window begins so much earlier
-        windows = self.tokens[starts - repeated + np.arange(self.block_size + 1)].astype(np.int64) # (B, T + 1)
-        targets = np.where(np.arange(self.block_size) < repeated, -1, windows[:, 1:]) # (B, T)
+        """Returns a batch, x (B, T) and y (B, T)."""
+        wanted = np.array(indices)[:, None] * self.stride  # (B, 1)
+        starts = np.minimum(wanted, self.last_start)  # (B, 1)
+        windows = self.tokens[starts + np.arange(self.block_size + 1)]  # (B, T + 1)
+        windows = windows.astype(np.int64)
+
+        repeated = np.arange(self.block_size) < wanted - starts  # (B, T)
+        targets = np.where(repeated, -1, windows[:, 1:])  # (B, T)
         return torch.from_numpy(windows[:, :-1]), torch.from_numpy(targets)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y = self.__getitems__([range(len(self))[index]]) # range raises IndexError past the end
+        # a range refuses numbers past its end, and counts back from it
+        x, y = self.__getitems__([range(len(self))[index]])  # (1, T)
         return x[0], y[0]
 
-BLOCK = 1 << 22 # bytes of text that are encoded at a time, or more if there is no place to cut
-CUT = re.compile(rb"[!-~](?=[ \n])") # before white space, where no word goes on: see bpe.PIECE
 
-def encode_file(encoder, path, out, allowed_special=(), workers: int | None = None) -> int:
-    """Encodes a UTF-8 file of any size into a flat file of uint16 and returns the number of tokens.
+def draw_examples(step: int, seed: int, size: int, batch_size: int, replacement=True) -> np.ndarray:
+    """Draws a step's examples, (batch_size,); without replacement each once before any again."""
+    if replacement:
+        return np.random.default_rng((seed, step)).integers(size, size=batch_size)
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return np.array([_permutation(seed, place // size, size)[place % size] for place in places])
 
-    They are those of encoder.encode(text, allowed_special). `workers` processes share the work, by default one for each
-    core; 1 is this process. Raises ValueError for a text that is not UTF-8, and leaves an older `out` as it is.
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def count_examples(dataset) -> int:
+    """Returns the length of a dataset; ValueError if it has none, or no examples."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ValueError(f"got a {type(dataset).__name__}, expected a length and pairs (x, y)")
+    if len(dataset) == 0:
+        raise ValueError("got a dataset without examples")
+    return len(dataset)
+
+
+def load_batches(dataset, index_lists: Iterable[list[int]], num_workers: int = 0,
+                 pin_memory: bool = False, seed: int = 0) -> Iterator[tuple]:
+    """Yields a batch (x, y) of tensors for each list of indices.
+
+    A dataset may build batches itself: __getitems__(indices) -> (x, y). Its workers draw
+    from `seed`, and torch's own generator stays as it is. ValueError for other batches.
     """
-    if not os.path.isfile(path) or os.path.isdir(out) or os.path.realpath(path) == os.path.realpath(out):
-        raise ValueError(f"got {path} to encode into {out}, expected a text file and the name of another file")
-    if max(encoder.decoder) >= 1 << 16:
-        raise ValueError(f"this vocabulary goes up to {max(encoder.decoder)}, which uint16 cannot hold")
-    special = [allowed_special] if isinstance(allowed_special, str) else list(allowed_special)
-    encoder.encode("", special) # refuses an unknown one now
-    if any(CUT.search(token.encode("utf-8")) for token in special):
-        raise ValueError(f"got the special tokens {special}, expected them without white space, where the file is cut")
-    cuts = list(_find_cuts(path))
-    workers = max(1, min(workers or os.cpu_count() or 1, len(cuts) - 1, 61)) # Windows allows no more
-    encode = partial(_encode_part, encoder, path, special)
-    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(encode,)) as pool, \
-            replacing(out) as new, open(new, "wb") as file:
-        parts = pool.map(_encode_in_worker, cuts, cuts[1:]) if workers > 1 else map(encode, cuts, cuts[1:])
-        file.writelines(progress(parts, f"encoding {path}", len(cuts) - 1))
-    return os.path.getsize(out) // 2
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(dataset, batch_sampler=index_lists, num_workers=num_workers,
+                        collate_fn=_collate, pin_memory=pin_memory, generator=generator,
+                        worker_init_fn=_ignore_signals)
+    for batch in loader:
+        match batch:
+            case torch.Tensor(), torch.Tensor():
+                yield batch
+            case _:
+                raise ValueError(f"got a batch of type {type(batch).__name__}, expected tensors "
+                                 "(x, y), which __getitems__(indices) of a dataset may return")
 
-def _find_cuts(path):
-    """Yields where each part of a file begins, and where the last one ends."""
-    place, size = 0, os.path.getsize(path)
-    yield place
-    while place < size:
-        cut = CUT.search(np.memmap(path, np.uint8, "r"), place + BLOCK)
-        place = cut.end() if cut else size
-        yield place
 
-def _encode_part(encoder, path, special: list[str], start: int, end: int) -> bytes:
-    data = np.fromfile(path, np.uint8, end - start, offset=start).tobytes()
-    try:
-        return np.array(encoder.encode(data.decode("utf-8"), special), dtype=np.uint16).tobytes()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {data[error.start]:#04x} at position {start + error.start}; "
-                         "convert the file first") from None
+def _collate(examples):
+    # a tuple is a batch that the dataset has built
+    return examples if isinstance(examples, tuple) else default_collate(examples)
 
-worker: dict = {} # in a process of its own: how to encode, sent once and not with every part
 
-def _start_worker(encode) -> None:
-    worker["encode"] = encode
-
-def _encode_in_worker(start: int, end: int) -> bytes:
-    return worker["encode"](start, end)
+def _ignore_signals(worker: int) -> None:
+    # the trainer finishes its step after a signal, then it ends its workers
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
