@@ -28,8 +28,9 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-# -----------------------------------------------------------------------------
-# Configuration
+from mingpt.processes import rank
+
+# ---- Configuration -----------------------------------------------------------
 
 
 class CfgNode(SimpleNamespace):
@@ -47,26 +48,22 @@ class CfgNode(SimpleNamespace):
         lines = []
         for name, value in vars(self).items():
             if isinstance(value, CfgNode):
-                lines.append(f"{name}:")
-                lines.append(textwrap.indent(str(value), "    "))
+                lines += [f"{name}:", textwrap.indent(str(value), "    ")]
             else:
                 lines.append(f"{name}: {value}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict:
         """Returns the values as nested dictionaries: {"seed": 1, "model": {"n_layer": 3}}."""
-        values = {}
-        for name, value in vars(self).items():
-            values[name] = value.to_dict() if isinstance(value, CfgNode) else value
-        return values
+        return {name: value.to_dict() if isinstance(value, CfgNode) else value
+                for name, value in vars(self).items()}
 
     def fields(self) -> dict:
         """Returns the values by their dotted names: {"seed": 1, "model.n_layer": 3}."""
-        values = {}
+        values: dict = {}
         for name, value in vars(self).items():
             if isinstance(value, CfgNode):
-                for inner_name, inner_value in value.fields().items():
-                    values[f"{name}.{inner_name}"] = inner_value
+                values |= {f"{name}.{inner}": field for inner, field in value.fields().items()}
             else:
                 values[name] = value
         return values
@@ -89,9 +86,7 @@ class CfgNode(SimpleNamespace):
         """
         fields = self.fields()
         if "--help" in args or "-h" in args:
-            get_config = sys._getframe(1).f_globals.get("get_config")
-            comments = _read_comments(get_config) if get_config else {}
-            print_line("Settings, each with its default:\n\n" + _format_help(fields, comments))
+            print_line(_format_help(fields, sys._getframe(1).f_globals.get("get_config")))
             raise SystemExit(0)
 
         changes = {}
@@ -147,17 +142,12 @@ def _parse(name: str, text: str, default):
 
 
 def _read_comments(build: Callable) -> dict[str, str]:
-    """Returns the comments beside the fields that a function sets, by dotted name.
+    """Returns the comments beside the fields that a function sets, by the fields' dotted names.
 
-    `C.seed = 1  # draws the weights` -> {"seed": "draws the weights"}. A line with
-    `Name.get_default_config()` brings in the comments of that function.
+    `C.a.b = 1  # why` -> {"a.b": "why"}; `C.a = X.get_default_config()` adds those of X to "a.".
     """
-    comments: dict[str, str] = {}
-    try:
-        source = inspect.getsource(build)
-    except (OSError, TypeError):
-        return comments
-    for line in source.splitlines():
+    comments = {}
+    for line in inspect.getsource(build).splitlines():
         code, _, comment = line.partition("  # ")
         names = re.findall(r"\w+\.([\w.]+) = ", code)
         part = re.search(r"(\w+)\.get_default_config\(\)", code)
@@ -166,16 +156,20 @@ def _read_comments(build: Callable) -> dict[str, str]:
             inner = _read_comments(build.__globals__[part[1]].get_default_config)
             comments.update({prefix + name: text for name, text in inner.items()})
         elif comment:
-            comments.update({name: comment.strip() for name in names})
+            comments.update({name: comment for name in names})
     return comments
 
 
-def _format_help(fields: dict, comments: dict[str, str]) -> str:
-    """Returns one line for each field, its comment from column 34 on, within 80 columns."""
-    lines = []
+def _format_help(fields: dict, get_config: Callable | None) -> str:
+    """Returns a line for each field, with its comment from column 34 on, within 80 columns."""
+    comments: dict[str, str] = {}
+    if get_config:
+        # Without a source there are no comments.
+        with contextlib.suppress(OSError):
+            comments = _read_comments(get_config)
+    lines = ["Settings, each with its default:", ""]
     for name, value in fields.items():
-        text = "" if value is None else value
-        option = f"  --{name}={text}"
+        option = f"  --{name}={'' if value is None else value}"
         if name in comments:
             option = textwrap.fill(
                 comments[name], 80, initial_indent=f"{option}  ".ljust(34),
@@ -190,9 +184,6 @@ OTHER_NAMES = {
     "dropout": "embd_pdrop resid_pdrop attn_pdrop",
     "epochs": "max_iters",
     "context_length": "block_size",
-    "n_ctx": "block_size",
-    "n_positions": "block_size",
-    "d_model": "n_embd",
     "hidden_size": "n_embd",
 }
 
@@ -204,9 +195,7 @@ def _suggest(name: str, known: Iterable[str], dashes: str = "") -> str:
     near = [field for field in known if field.rpartition(".")[2] in meant]
     if not near:
         near = difflib.get_close_matches(name, known, 1)
-    if not near:
-        return ""
-    return f"; did you mean {', '.join(dashes + field for field in near)}?"
+    return f"; did you mean {', '.join(dashes + field for field in near)}?" if near else ""
 
 
 _warned: set[tuple[str, str]] = set()
@@ -238,8 +227,7 @@ def check_config(config, rules: Iterable[tuple[str, Callable, str]]) -> None:
                 raise ValueError(f"got {name}={value!r}, expected {expected}")
 
 
-# -----------------------------------------------------------------------------
-# Seeds
+# ---- Seeds -------------------------------------------------------------------
 
 
 def set_seed(seed: int) -> None:
@@ -249,28 +237,19 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-# -----------------------------------------------------------------------------
-# Log
-
-
-def is_first() -> bool:
-    """Says whether this process is the first, or the only one: only that one talks and writes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank() == 0
-    return os.environ.get("RANK", "0") == "0"
+# ---- Log ---------------------------------------------------------------------
 
 
 def print_line(text: str) -> None:
     """Prints a text to the stdout of this moment, which a notebook may have replaced.
 
-    Where nobody reads it any more (`| head`, a closed terminal), stdout leads nowhere from
-    then on: a training goes on, and Python does not complain at its exit.
+    After an error (`| head` has ended, the terminal is closed) stdout leads nowhere. So
+    training goes on, and Python does not complain at its exit.
     """
     try:
-        try:
-            print(text, flush=True)
-        except UnicodeEncodeError:
-            print(text.encode("ascii", "replace").decode(), flush=True)
+        print(text, flush=True)
+    except UnicodeEncodeError:
+        print(ascii(text))
     except (OSError, ValueError):
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
@@ -279,7 +258,8 @@ class _Console(logging.Handler):
     """Prints the log of the first process."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if is_first():
+        # The processes of mp.spawn get their rank after the import.
+        if rank() == 0:
             print_line(self.format(record))
 
 
@@ -303,7 +283,7 @@ def setup_logging(config: CfgNode) -> None:
     """
     if not config.system.work_dir:
         raise ValueError("got an empty work_dir, expected a folder for the log and the model")
-    if not is_first():
+    if rank() != 0:
         return
     work_dir = Path(config.system.work_dir).expanduser()
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -330,13 +310,12 @@ def progress(items: Iterable, label: str, total: int) -> Iterable:
     except ImportError:
         logger.info(f"{label} ...")
         return items
-    # None shows it only on a terminal.
-    disable = None if is_first() else True
+    # None hides it where stderr is no terminal.
+    disable = None if rank() == 0 and sys.stderr else True
     return tqdm(items, label, total, delay=2, leave=False, disable=disable)
 
 
-# -----------------------------------------------------------------------------
-# Modes
+# ---- Modes -------------------------------------------------------------------
 
 _locks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -345,7 +324,7 @@ _locks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """Puts a model into eval mode for a block, then each module back into its mode.
 
-    One thread at a time: another that left first would turn dropout on again.
+    Threads take turns: one that leaves first would turn dropout on for the others.
     """
     with _locks.setdefault(model, threading.RLock()):
         training = [module for module in model.modules() if module.training]
@@ -358,16 +337,12 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
                 module.training = True
 
 
-# -----------------------------------------------------------------------------
-# Atomic files: complete or absent
+# ---- Atomic files: complete or absent ----------------------------------------
 
 
 def cache_folder() -> Path:
     """Returns the folder of downloads: $MINGPT_CACHE, else ~/.cache/mingpt."""
-    given = os.environ.get("MINGPT_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path.home() / ".cache" / "mingpt"
+    return Path(os.environ.get("MINGPT_CACHE", "~/.cache/mingpt")).expanduser()
 
 
 @contextlib.contextmanager
@@ -403,8 +378,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-# -----------------------------------------------------------------------------
-# Scripts
+# ---- Scripts -----------------------------------------------------------------
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
@@ -426,6 +400,5 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         sys.exit(2)
 
 
-# For files that still use the old names.
-FIRST = is_first()
-naming = naming_file
+# For files that still use the old name.
+FIRST = rank() == 0
