@@ -1,471 +1,374 @@
 """
-A training loop for any torch module whose forward(x, y) returns (output, loss). It knows nothing of GPT.
+A training loop for any torch module whose forward(x, y) returns (output, loss).
 
     config = Trainer.get_default_config()
     config.max_iters = 1000
     trainer = Trainer(config, model, train_dataset)         # a dataset of pairs (x, y)
-    trainer.add_callback('on_batch_end', lambda trainer: print(trainer.iter_num, trainer.loss.item()))
+    trainer.set_callback("on_batch_end", lambda trainer: print(trainer.loss.item()))
     trainer.run()
 
-    torchrun --nproc_per_node=2 SCRIPT.py                   # the same script on two GPUs, or in two CPU processes
+It knows nothing of GPT and writes no file. Run in run.py is a Trainer that also
+validates, reports, saves and resumes.
 """
 
-import atexit
 import contextlib
 import itertools
-import json
 import math
-import os
-import pickle
-import random
-import signal
-import threading
 import time
-import zipfile
-from collections.abc import Callable, Generator, Iterator
-from datetime import timedelta
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 
-from mingpt.utils import FIRST, CfgNode, check_config, eval_mode, logger, naming, progress, replacing
+from mingpt import processes
+from mingpt.data import count_examples, draw_examples, load_batches
+from mingpt.utils import CN, CfgNode, check_config, logger, warn_unknown
 
-RULES = ( # fields of the configuration, a test of their values, what is expected
+RULES = (  # names of settings, test of a value, what is expected
     ("batch_size grad_accum_steps", lambda v: v >= 1 and v == int(v), "a whole number from 1 on"),
-    ("max_iters eval_batches", lambda v: v is None or v >= 1 and v == int(v), "a whole number from 1 on, or None"),
+    ("max_iters lr_decay_iters", lambda v: v is None or v >= 0, "a number from 0 on, or None"),
     ("num_workers", lambda v: 0 <= v <= 256 and v == int(v), "a whole number from 0 to 256"),
-    ("warmup_iters log_interval eval_interval checkpoint_interval", lambda v: v >= 0 and v == int(v), "a whole number"),
-    ("lr_decay_iters seed", lambda v: v is None or v >= 0 and v == int(v), "a whole number or None"),
+    ("warmup_iters", lambda v: 0 <= v < math.inf, "a number from 0 on"),
+    ("seed", lambda v: v is None or v >= 0 and v == int(v), "a whole number from 0 on, or None"),
     ("learning_rate min_lr weight_decay grad_norm_clip", lambda v: 0 <= v < math.inf, "0 or more"),
-    ("betas", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v), "two numbers from 0 to below 1"),
-    ("dtype", lambda v: v in ("auto", "float32", "bfloat16", "float16"), "auto, float32, bfloat16 or float16"),
-    ("schedule", lambda v: v in ("cosine", "linear"), "cosine or linear"),
+    ("betas", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v),
+     "two numbers from 0 to below 1"),
+    ("momentum", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+    ("dtype", lambda v: v in ("auto", "float32", "bfloat16", "float16"),
+     "auto, float32, bfloat16 or float16"),
+    ("schedule", lambda v: v in ("constant", "cosine", "linear"), "constant, cosine or linear"),
 )
+# Settings of Run, which a Trainer leaves alone.
+RUN_FIELDS = ("work_dir", "log_interval", "eval_interval", "eval_batches",
+              "checkpoint_interval", "keep_best", "resume")
+
 
 class Trainer:
-    """Trains a model on a dataset; see run() for how."""
-
-    events: tuple[str, ...] = ("on_train_start", "on_batch_end", "on_eval_end", "on_train_end") # subclasses add more
+    """Trains a module on a dataset."""
 
     @staticmethod
-    def get_default_config() -> CfgNode:
-        C = CfgNode()
-        # where and how to compute
-        C.device = "auto" # 'auto' takes cuda, else mps, else cpu
-        C.dtype = "auto" # 'auto' is bfloat16 on a GPU that has it, else float32; or float32, bfloat16, float16
-        C.compile = False # torch.compile: a minute at the start, faster from there
-        C.num_workers = 0 # processes that prepare batches; 0 prepares them in this one
-        # what to learn from
-        C.max_iters = None # optimizer steps; None goes on until stopped
-        C.batch_size = 64 # examples per optimizer step, over all processes and micro-batches
-        C.grad_accum_steps = 1 # micro-batches that a process cuts its share of a batch into, to save memory
-        C.seed = None # draws the batches; None takes the seed that torch was given
-        # AdamW; the learning rate warms up to its value, stays there, or decays
+    def get_default_config() -> CN:
+        C = CN()
+        # How to compute.
+        C.device = "auto"  # cuda, else mps, else cpu; or a device of torch
+        C.dtype = "auto"  # bfloat16 on a GPU that has it, else float32; or float16
+        C.compile = False  # torch.compile: a minute at the start, faster from there
+        C.num_workers = 0  # processes that prepare batches; 0 prepares them in this one
+        # What to learn from.
+        C.max_iters = None  # steps; None goes on until stopped
+        C.batch_size = 64  # examples in a step, over all processes and micro-batches
+        C.grad_accum_steps = 1  # micro-batches that a batch is cut into, to save memory
+        C.seed = None  # of the examples drawn; None takes a new one for each run
+        C.replacement = True  # False shows every example once before any comes again
+        # The optimizer.
+        C.optimizer = "adamw"  # or 'muon', if the model's configure_optimizers knows it
+        C.momentum = 0.95  # of Muon
         C.learning_rate = 3e-4
-        C.warmup_iters = 0 # steps of linear warm-up
-        C.lr_decay_iters = None # the step at which the decay ends; None keeps the rate constant
-        C.schedule = "cosine" # the form of the decay: 'cosine' or 'linear'
-        C.min_lr = 0.0 # at the end of the decay
-        C.betas = (0.9, 0.95)
-        C.weight_decay = 0.1 # only on what the model's configure_optimizers chooses
-        C.grad_norm_clip = 1.0 # longer gradients are shortened to this; 0 turns it off
-        # what to report and keep
-        C.log_interval = 100 # steps between log lines; 0 turns them off
-        C.eval_interval = 0 # steps between evaluations on the validation dataset; 0 turns them off
-        C.eval_batches = None # batches per evaluation; None takes the whole dataset
-        C.work_dir = "" # folder for metrics.jsonl and checkpoints; empty writes nothing
-        C.checkpoint_interval = 0 # steps between checkpoints; 0 saves one at the end only
-        C.keep_best = False # also keep best.pt, the checkpoint of the lowest validation loss
-        C.resume = False # continue from the checkpoint in work_dir
+        C.schedule = "constant"  # of the learning rate; or 'cosine', 'linear': decays to min_lr
+        C.warmup_iters = 0  # steps in which the learning rate rises to its value
+        C.lr_decay_iters = None  # step at which the decay ends; None is max_iters
+        C.min_lr = 0.0  # learning rate at the end of the decay
+        C.betas = (0.9, 0.95)  # of AdamW
+        C.weight_decay = 0.1  # only on what configure_optimizers chooses
+        C.grad_norm_clip = 1.0  # longer gradients are shortened to this; 0 turns it off
         return C
 
-    def __init__(self, config: CfgNode, model: torch.nn.Module, train_dataset, val_dataset=None):
-        """Moves the model to its device and, with config.resume, loads the checkpoint. ValueError for bad settings."""
-        for name, value in vars(self.get_default_config()).items():
-            if not hasattr(config, name): # a configuration made by hand may lack some
-                setattr(config, name, value)
+    def __init__(self, config: CN, model: nn.Module, train_dataset: Any):
+        """Moves the model to its device. Settings that `config` lacks get their default.
+
+        Raises ValueError for a setting or a dataset that does not fit.
+        """
+        self._complete(config)
+        self.config = config
+        self.train_dataset = train_dataset
+        self.callbacks: dict[str, list[Callable]] = defaultdict(list)
+        self.optimizer: Any = None  # made when run() starts
+        self.scaler: Any = None  # for float16
+
+        self.device = processes.choose_device(config.device)
+        self.device_type = torch.device(self.device).type
+        self.dtype = self._choose_dtype()
+        processes.connect()
+        self.rank = processes.rank()
+        self.world_size = processes.world_size()
+        self._check_batches()
+        self.model = model.to(self.device)
+        logger.info(f"running on device {self.device}")
+
+        # minGPT's names.
+        self.iter_num = 0  # steps done; inside on_batch_end one less
+        self.iter_time = 0.0  # when the last step ended, in seconds
+        self.iter_dt = 0.0  # seconds that the last step took
+        self.loss = torch.zeros(())  # mean loss of the last step
+
+        self.steps_done = 0
+        self.grad_norm = torch.zeros(())  # length of the gradient before clipping
+        self.seed = 0  # of this run
+        self.runs = 0  # runs that have come to their end
+        self.is_stopping = False
+        self.goes_on = False  # whether the next run() continues an earlier one
+
+    def _complete(self, config: CN) -> None:
+        defaults = self.get_default_config()
+        warn_unknown(config, [*vars(defaults), *RUN_FIELDS], "Trainer")
+        left = [name for name in RUN_FIELDS
+                if getattr(config, name, None) and name not in vars(defaults)]
+        if left and type(self) is Trainer:
+            logger.warning(f"Trainer ignores {', '.join(left)}; Run in mingpt/run.py uses it")
+        for name, value in vars(defaults).items():
+            value = getattr(config, name, value)
+            # A checkpoint holds Python's own numbers, not NumPy's.
+            if isinstance(value, (np.generic, Tensor)):
+                value = value.item()
+            setattr(config, name, value)
         check_config(config, RULES)
-        self.config, self.model = config, model
-        self.train_dataset, self.val_dataset = train_dataset, val_dataset
-        self.callbacks: dict[str, list[Callable]] = {event: [] for event in self.events}
-        self._folder = Path(config.work_dir or ".")
-        self._find_place()
-        self.model.to(self.device)
-        if configure := getattr(model, "configure_optimizers", None):
-            self.optimizer = configure(config)
-        else:
-            self.optimizer = torch.optim.AdamW(
-                model.parameters(), config.learning_rate, config.betas, weight_decay=config.weight_decay)
-        self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.dtype == torch.float16)
-        self.seed = torch.initial_seed() if config.seed is None else config.seed
-        if self.rank > 0:
-            torch.manual_seed(self.seed + self.rank) # each process drops out other units
+        if config.min_lr > config.learning_rate:
+            raise ValueError(f"got min_lr={config.min_lr}, expected at most "
+                             f"learning_rate={config.learning_rate}")
+        if config.schedule != "constant" and self._decay_end(config) < config.warmup_iters:
+            raise ValueError(f"got warmup_iters={config.warmup_iters}, expected at most the end "
+                             f"of the schedule, step {self._decay_end(config)}")
 
-        self.iter_num = 0 # the number of this step, from 0; between steps, how many are done
-        self.iter_time = 0.0 # when the last step ended, in seconds
-        self.iter_dt = 0.0 # how long it took, in seconds
-        self.loss = torch.zeros(()) # its mean loss
-        self.grad_norm = torch.zeros(()) # the length of its gradient before clipping
-        self.val_loss: float | None = None # of the last evaluation
-        self.best_loss = math.inf # of all evaluations
-        self.elapsed = 0.0 # seconds of training, those before a resume included
-        self._in_step = False # is step iter_num under way?
-        self._first_iter = 0 # where the next run() begins
-        if config.resume:
-            self.load_checkpoint(self._folder / "checkpoint.pt")
+    def _choose_dtype(self) -> torch.dtype:
+        name = self.config.dtype
+        if name == "auto":
+            has_bfloat16 = self.device_type == "cuda" and torch.cuda.is_bf16_supported(
+                including_emulation=False)
+            name = "bfloat16" if has_bfloat16 else "float32"
+        return getattr(torch, name)
 
-    def _find_place(self) -> None:
-        """Settles the device, the precision and the part of the batch that this process takes."""
-        config = self.config
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = config.device
-        if config.device == "auto":
-            self.device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        if self.world_size > 1 and self.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) # each process has a GPU
-        try:
-            probe = torch.zeros(1, device=self.device)
-            probe.item() # fails on 'meta', which holds no numbers
-        except (RuntimeError, AssertionError, ImportError):
-            raise ValueError(f"got device={self.device!r}, which is not here; 'auto' takes what there is") from None
-        self.device_type = probe.device.type
-        has_bfloat16 = self.device_type == "cuda" and torch.cuda.is_bf16_supported()
-        self.dtype = getattr(torch, config.dtype.replace("auto", "bfloat16" if has_bfloat16 else "float32"))
-        if config.batch_size % (parts := self.world_size * config.grad_accum_steps):
-            raise ValueError(f"got batch_size={config.batch_size}, expected a multiple of {parts}: {self.world_size} "
-                             f"process(es), grad_accum_steps={config.grad_accum_steps}")
-        if len(self.train_dataset) == 0:
-            raise ValueError("the training dataset is empty")
-        if (config.resume or config.keep_best) and not config.work_dir:
-            raise ValueError("resume and keep_best need a work_dir")
-        if self.world_size > 1:
-            if not dist.is_initialized():
-                from torch import _dynamo # DistributedDataParallel loads it; later, it would keep the group alive
-                dist.init_process_group() # gloo between processors, nccl between GPUs
-                atexit.register(dist.destroy_process_group) # ends its threads, which must not outlive Python
-        logger.info(f"running on {self.device} in {str(self.dtype).removeprefix('torch.')}")
-
-    def _sum(self, number: float) -> float: # over all processes
-        if self.world_size == 1:
-            return number
-        total = torch.tensor(number, dtype=torch.float64)
-        dist.all_reduce(total)
-        return total.item()
+    def _check_batches(self) -> None:
+        count_examples(self.train_dataset)
+        parts = self.world_size * self.config.grad_accum_steps
+        if self.config.batch_size % parts:
+            raise ValueError(
+                f"got batch_size={self.config.batch_size}, expected a multiple of {parts}: "
+                f"{self.world_size} process(es), grad_accum_steps={self.config.grad_accum_steps}")
 
     def add_callback(self, onevent: str, callback: Callable) -> None:
         """Calls callback(trainer) at an event, after the callbacks added before."""
-        self._callbacks_at(onevent).append(callback)
+        self.callbacks[onevent].append(callback)
 
     def set_callback(self, onevent: str, callback: Callable) -> None:
         """Calls callback(trainer) at an event, instead of the callbacks added before."""
-        self._callbacks_at(onevent)[:] = [callback]
+        self.callbacks[onevent] = [callback]
 
     def trigger_callbacks(self, onevent: str) -> None:
-        for callback in self._callbacks_at(onevent):
+        for callback in list(self.callbacks.get(onevent, [])):
             callback(self)
 
-    def _callbacks_at(self, onevent: str) -> list[Callable]:
-        if onevent not in self.events:
-            raise ValueError(f"there is no event {onevent!r}; the events are {', '.join(self.events)}")
-        return self.callbacks[onevent]
-
     def run(self) -> None:
-        """Trains for max_iters steps, or from the checkpoint on if one was loaded."""
-        network = self._begin()
+        """Trains for max_iters steps. A run that Ctrl-C interrupted goes on where it was."""
+        network = self.begin()
         self.trigger_callbacks("on_train_start")
-        self._logged_iter, self._logged_time = self.iter_num, time.time() # of the last log line
-        self.iter_time = time.time()
-        with _noting_signals() as signals, contextlib.closing(self._draw_batches(self.iter_num)) as self._batches:
-            while self.config.max_iters is None or self.iter_num < self.config.max_iters:
-                self._in_step = True
-                self._step(network)
-                self.trigger_callbacks("on_batch_end")
-                self._in_step = False
-                self.iter_num += 1
-                self.iter_dt, self.iter_time = time.time() - self.iter_time, time.time()
-
-                done = self.iter_num == self.config.max_iters
-                stop = self._sum(len(signals)) > 0 # all processes stop after the same step
-                if self._due("log", done or self.iter_num == 1):
-                    self._report()
-                if self.val_dataset is not None and self._due("eval", done):
-                    self._evaluate_and_keep_best()
-                if self.config.work_dir and (done or stop or self._due("checkpoint", done)):
-                    self._check_finite()
-                    self.save_checkpoint(self._folder / "checkpoint.pt")
-                self._logged_time += time.time() - self.iter_time # what came after the step is no part of its speed
-                self.iter_time = time.time()
-                if stop:
-                    end = "; the checkpoint is saved, --trainer.resume=True continues" if self.config.work_dir else ""
-                    logger.info(f"stopped after step {self.iter_num}{end}")
-                    interrupted = signals and signals[0][0] == signal.SIGINT
-                    raise KeyboardInterrupt if interrupted else SystemExit(128 + signal.SIGTERM)
-        self._sum(0) # no process leaves while others still save
+        try:
+            with contextlib.closing(self.draw_batches()) as batches:
+                while not self.is_done():
+                    start = time.perf_counter()
+                    self.step(network, next(batches))
+                    self.trigger_callbacks("on_batch_end")
+                    self.iter_num = self.steps_done
+                    self.take_time(start)
+                    self.after_step()
+        except KeyboardInterrupt:
+            self.goes_on = True
+            logger.info(f"interrupted after step {self.steps_done}; run() goes on from there")
+            raise
+        # All processes wait here until the last one has saved.
+        processes.barrier()
+        self.runs += 1
         self.trigger_callbacks("on_train_end")
 
-    def _due(self, what: str, last: bool) -> bool:
-        interval = getattr(self.config, f"{what}_interval")
-        return interval > 0 and (last or self.iter_num % interval == 0)
+    def begin(self) -> Callable:
+        """Makes the optimizer and finds the first step; returns the network to train.
 
-    def _begin(self) -> Callable: # what computes a step; run alone holds it, since it holds the process group
-        self.iter_num, self._first_iter = self._first_iter, 0
-        if self.config.work_dir and FIRST and self.iter_num == 0:
-            for name in ("checkpoint.pt", "best.pt", "metrics.jsonl"): # of an earlier run, which is not to be resumed
-                if (self._folder / name).exists():
-                    os.replace(self._folder / name, self._folder / f"{name}.old")
-        self.model.train()
-        network = self.model
-        if self.world_size > 1:
-            network = torch.nn.parallel.DistributedDataParallel(network)
-        return torch.compile(network) if self.config.compile else network
-
-    def _step(self, network: Callable) -> None:
-        """A step along the gradient of the mean loss of a batch, computed micro-batch by micro-batch."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.iter_num)
-        batches = [next(self._batches) for _ in range(self.config.grad_accum_steps)]
-        counts = [_count_targets(y) for x, y in batches]
-        self._targets = sum(y.numel() for x, y in batches) * self.world_size
-        total = self._sum(sum(counts))
-        self.loss, self.grad_norm = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        if total == 0:
-            return # nothing to learn from
-        no_sync = getattr(network, "no_sync", contextlib.nullcontext)
-        for i, ((x, y), count) in enumerate(zip(batches, counts), start=1):
-            with no_sync() if i < len(batches) else contextlib.nullcontext(): # the last one averages over processes
-                loss = self._compute(network, x, y)[1] # the output is not kept: it may be large
-                loss = loss * (self.world_size * count / total) # its share of the mean over all targets of the step
-                self.scaler.scale(loss).backward()
-            if count: # a module may call the mean of nothing NaN
-                self.loss = self.loss + loss.detach()
-        self.scaler.unscale_(self.optimizer)
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_norm_clip or math.inf)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def _compute(self, network: Callable, x: torch.Tensor, y: torch.Tensor) -> tuple:
-        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-        with contextlib.nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device_type, self.dtype):
-            return network(x, y)
-
-    def learning_rate(self, iteration: int) -> float:
-        """The rate of a step: linear warm-up, then constant or decaying (GPT-3, Brown et al. 2020, appendix B)."""
-        config = self.config
-        if iteration < config.warmup_iters:
-            return config.learning_rate * (iteration + 1) / config.warmup_iters
-        if config.lr_decay_iters is None:
-            return config.learning_rate
-        share = min(1.0, (iteration - config.warmup_iters) / max(1, config.lr_decay_iters - config.warmup_iters))
-        height = 0.5 * (1 + math.cos(math.pi * share)) if config.schedule == "cosine" else 1 - share
-        return config.min_lr + height * (config.learning_rate - config.min_lr)
-
-    def _draw_batches(self, first_iter: int) -> Generator:
-        """Endless (x, y), one micro-batch at a time: those of step i depend on the seed and i alone."""
-        size, total, steps = len(self.train_dataset), self.config.batch_size, self.config.grad_accum_steps
-        def draw() -> Iterator[list[int]]:
-            for i in itertools.count(first_iter):
-                drawn = np.random.default_rng((self.seed, i)).integers(size, size=total) # of all processes
-                yield from drawn.reshape(steps, self.world_size, -1)[:, self.rank].tolist() # (steps, examples)
-        yield from self._loader(self.train_dataset, draw(), self.config.num_workers)
-
-    def _loader(self, dataset, batches, num_workers: int = 0) -> DataLoader:
-        return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, worker_init_fn=_ignore_signals,
-                          collate_fn=_collate, pin_memory=self.device_type == "cuda",
-                          generator=torch.Generator()) # so that it draws nothing from the global one
-
-    @torch.no_grad()
-    def evaluate(self, dataset, max_batches: int | None = None) -> float:
-        """The mean loss over a dataset, or over max_batches batches spread evenly through it; all processes call it."""
-        if (size := len(dataset)) == 0:
-            raise ValueError("there is no example to evaluate")
-        count = size if max_batches is None else min(size, max_batches * self.config.batch_size)
-        chosen = np.linspace(0, size - 1, count).astype(int)[self.rank::self.world_size] # all, if count is size
-        micro_size = max(1, self.config.batch_size // self.config.grad_accum_steps // self.world_size)
-        batches = [chosen[i:i + micro_size].tolist() for i in range(0, len(chosen), micro_size)]
-        total, counted = 0.0, 0
-        with eval_mode(self.model):
-            for x, y in progress(self._loader(dataset, batches), "evaluating", len(batches)):
-                if n := _count_targets(y):
-                    total += self._compute(self.model, x, y)[1].item() * n
-                    counted += n
-        return self._sum(total) / max(1, self._sum(counted))
-
-    def _evaluate_and_keep_best(self) -> None:
-        self.val_loss = self.evaluate(self.val_dataset, self.config.eval_batches)
-        logger.info(f"step {self.iter_num:>7}  validation loss {self.val_loss:.4f}")
-        self.write_metrics(split="val", loss=self.val_loss)
-        if self.val_loss < self.best_loss:
-            self.best_loss = self.val_loss
-            if self.config.keep_best:
-                self.save_checkpoint(self._folder / "best.pt")
-        self.trigger_callbacks("on_eval_end")
-
-    def _check_finite(self) -> None:
-        bad = not math.isfinite(self.loss) or (self.dtype != torch.float16 and not math.isfinite(self.grad_norm))
-        if self._sum(bad): # a float16 gradient may overflow: the scaler skips that step
-            raise ValueError(f"the loss is {float(self.loss)}, the gradient norm {float(self.grad_norm)} at step "
-                             f"{self.iter_num}; try a lower learning_rate or grad_norm_clip, or more warmup_iters")
-
-    def _report(self) -> None:
-        """One line for people, one row for metrics.jsonl."""
-        self._check_finite()
-        seconds, steps = time.time() - self._logged_time, self.iter_num - self._logged_iter
-        self._logged_iter, self._logged_time = self.iter_num, time.time()
-        self.elapsed += seconds
-        loss, rate = self._sum(float(self.loss)) / self.world_size, self._targets * steps / seconds
-        lr, left = self.learning_rate(self.iter_num - 1), ""
-        if self.config.max_iters:
-            left = f"  {timedelta(seconds=round((self.config.max_iters - self.iter_num) * seconds / steps))} left"
-        logger.info(f"step {self.iter_num:>7}  loss {loss:.4f}  lr {lr:.2e}  {1000 * seconds / steps:8.2f} ms  "
-                    f"{rate:>9,.0f} tokens/s{left}")
-        self.write_metrics(split="train", loss=loss, lr=lr, grad_norm=float(self.grad_norm),
-                           tokens_per_second=round(rate), seconds=round(self.elapsed, 3))
-
-    def write_metrics(self, **row) -> None:
-        """Adds a row to metrics.jsonl in work_dir, if there is one; callbacks may add their own."""
-        if self.config.work_dir and FIRST:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / "metrics.jsonl"
-            with naming(path), open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"iteration": self.iter_num + self._in_step, **row}) + "\n")
-
-    def save_checkpoint(self, path: str | Path) -> None:
-        """Writes all that the run needs to go on to one file; the first process writes, but all must call it."""
-        states = [self._random_state()]
-        if self.world_size > 1:
-            states *= self.world_size
-            dist.all_gather_object(states, self._random_state())
-        if FIRST:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            checkpoint = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                              scaler=self.scaler.state_dict(), iter_num=self.iter_num, best_loss=self.best_loss,
-                              elapsed=self.elapsed, random_states=states, **self._settings())
-            with replacing(path) as part, open(part, "wb") as file:
-                torch.save(checkpoint, file)
-
-    def _settings(self) -> dict:
-        """The settings of now, for comparison with those of a checkpoint."""
-        config = {name: getattr(self.config, name) for name in vars(self.get_default_config())}
-        own = vars(self.config).items() # a script may have settings of its own
-        config |= {name: value for name, value in own if isinstance(value, str | int | float | None)}
-        config["seed"] = self.seed
-        groups = [[len(group["params"]), *sorted(group)] for group in self.optimizer.param_groups]
-        return dict(config=json.loads(json.dumps(config, default=str)), groups=groups)
-
-    def load_checkpoint(self, path: str | Path) -> None:
-        """Goes back to where save_checkpoint was called; run() continues from there, with the settings of now.
-
-        ValueError, with nothing changed, for a checkpoint of another model or optimizer.
+        The network is the model itself, or the model wrapped for several processes.
         """
-        checkpoint, now = read_checkpoint(path), self._settings()
-        then, done = checkpoint["config"], checkpoint["iter_num"]
-        _check_same_model(checkpoint["model"], self.model.state_dict(), path)
-        if checkpoint["groups"] != now["groups"]:
-            raise ValueError(f"{path} was written with another optimizer; resume with the one that it has")
-        if bool(checkpoint["scaler"]) != self.scaler.is_enabled():
-            raise ValueError(f"{path} has dtype={then['dtype']}, now it is {self.config.dtype}; take the same")
-        if self.config.resume and done >= (self.config.max_iters or math.inf):
-            raise ValueError(f"{path} has {done} steps already and max_iters={self.config.max_iters}; raise it")
-        groups = [group.copy() for group in self.optimizer.param_groups]
-        self.model.load_state_dict(checkpoint["model"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, new in zip(self.optimizer.param_groups, groups):
-            group.update({key: new[key] for key in ("betas", "momentum", "weight_decay") if key in new})
-        self.scaler.load_state_dict(checkpoint["scaler"])
-        self.iter_num = self._first_iter = done
-        self.best_loss, self.elapsed = checkpoint["best_loss"], checkpoint["elapsed"]
-        if self.seed == then["seed"] and self.rank < len(checkpoint["random_states"]): # there may be more processes now
-            self._set_random_state(checkpoint["random_states"][self.rank])
-        logger.info(f"going on from {path} after step {done}")
-        for name, value in now["config"].items():
-            if name != "resume" and then.get(name, value) != value:
-                logger.info(f"{name} was {then[name]}, is {value}")
-        metrics = self._folder / "metrics.jsonl"
-        if self.config.work_dir and FIRST and metrics.exists():
-            rows = metrics.read_bytes().splitlines(keepends=True)
-            with replacing(metrics) as part: # without the steps that will be taken again
-                part.write_bytes(b"".join(row for row in rows if _is_row(row, done)))
+        before = self.optimizer
+        self.optimizer = self.make_optimizer()
+        if self.goes_on:
+            carry_over(before, self.optimizer)
+            logger.info(f"going on after step {self.steps_done}")
+        else:
+            self.steps_done = 0
+            self.seed = self._draw_seed()
+            self.scaler = self.make_scaler()
+            if self.rank > 0:
+                # Dropout differs between processes.
+                torch.manual_seed(self.seed + self.rank)
+        self.iter_num = self.steps_done
+        self.goes_on = False
+        self.is_stopping = False
 
-    def _random_state(self) -> dict:
-        """The state of every generator, in types that torch.load(weights_only=True) reads."""
-        numpy = [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()]
-        state = dict(python=random.getstate(), numpy=numpy, cpu=torch.get_rng_state())
-        if self.device_type != "cpu":
-            state[self.device_type] = torch.get_device_module(self.device_type).get_rng_state()
-        return state
+        self.model.train()
+        network: Any = self.model
+        if self.world_size > 1:
+            network = nn.parallel.DistributedDataParallel(network)
+        if self.config.compile:
+            network = torch.compile(network)
+        return network
 
-    def _set_random_state(self, state: dict) -> None:
-        random.setstate(state["python"])
-        np.random.set_state(tuple(state["numpy"]))
-        torch.set_rng_state(state["cpu"])
-        if self.device_type != "cpu" and self.device_type in state:
-            torch.get_device_module(self.device_type).set_rng_state(state[self.device_type])
+    def make_optimizer(self) -> Any:
+        """Makes the optimizer by the model's configure_optimizers, or else AdamW."""
+        config = self.config
+        configure = getattr(self.model, "configure_optimizers", None)
+        if configure is not None:
+            optimizer = configure(config)
+        elif config.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate,
+                                          betas=config.betas, weight_decay=config.weight_decay)
+        else:
+            raise ValueError(f"got optimizer={config.optimizer!r} for a model without "
+                             "configure_optimizers, expected 'adamw'")
+        # A schedule is a factor on each group's own rate.
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        return optimizer
 
-def _count_targets(y: torch.Tensor) -> int:
-    """How many targets count: all but the integers -1."""
-    return y.numel() if y.is_floating_point() else int((y != -1).sum())
+    def make_scaler(self) -> Any:
+        """Makes what scales the loss, so that gradients in float16 do not vanish."""
+        return torch.amp.GradScaler(self.device_type, enabled=self.dtype == torch.float16)
 
-def _collate(batch):
-    """Examples to a batch, unless the __getitems__ of the dataset has built it: a tuple of tensors."""
-    return batch if isinstance(batch, tuple) else torch.utils.data.default_collate(batch)
+    def _draw_seed(self) -> int:
+        """Chooses the seed of a new run. All processes take the first one's."""
+        if self.config.seed is not None:
+            return int(self.config.seed) + self.runs
+        return processes.gather(int(torch.randint(2**31, ())))[0]
 
-def _ignore_signals(worker: int) -> None:
-    """For processes that load data: the trainer needs them until it has finished its step, and ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    def draw_batches(self) -> Iterator[list]:
+        """Yields the batch of each step: a list of micro-batches (x, y).
 
-@contextlib.contextmanager
-def _noting_signals():
-    """Yields a list that notes Ctrl-C and SIGTERM, for the loop to finish its step; a second one ends it at once."""
-    received, before = [], {}
+        The batch of step i depends on the seed and i alone.
+        """
+        config = self.config
 
-    def note(number, _frame):
-        if received and time.monotonic() > received[0][1] + 1: # torchrun passes Ctrl-C on, so it comes twice
-            raise KeyboardInterrupt
-        received.append((number, time.monotonic()))
+        def examples() -> Iterator[list[int]]:
+            for step in itertools.count(self.steps_done):
+                drawn = draw_examples(step, self.seed, len(self.train_dataset),
+                                      config.batch_size, config.replacement)
+                # (batch_size,) -> (micro-batches, processes, examples)
+                parts = drawn.reshape(config.grad_accum_steps, self.world_size, -1)
+                yield from parts[:, self.rank].tolist()
 
-    if threading.current_thread() is threading.main_thread(): # the others get no signals
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        batches = load_batches(self.train_dataset, examples(), config.num_workers,
+                               pin_memory=self.device_type == "cuda", seed=self.seed)
+        while True:
+            yield [next(batches) for _ in range(config.grad_accum_steps)]
 
-def read_checkpoint(path: str | Path) -> dict:
-    """What save_checkpoint wrote, with its tensors on the CPU; ValueError for a missing, damaged or other file."""
-    if not Path(path).is_file():
-        raise ValueError(f"there is no checkpoint at {path}; start without resume, or check work_dir")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip(): # compares checksums, which torch.load does not
-                raise ValueError(f"its part {damaged} has changed")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError: # torch's text advises to load the file without its guard
-        raise ValueError(f"{path} is no checkpoint: it holds more than tensors and plain values") from None
-    except Exception as error: # each library has errors of its own for a broken file
-        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from None
-    if not isinstance(checkpoint, dict) or "groups" not in checkpoint:
-        raise ValueError(f"{path} is no checkpoint of this trainer")
-    return checkpoint
+    def is_done(self) -> bool:
+        """Tells whether the run has come to its end."""
+        max_iters = self.config.max_iters
+        return self.is_stopping or (max_iters is not None and self.steps_done >= max_iters)
 
-def _check_same_model(saved: dict, own: dict, path: str | Path) -> None:
-    """Raises ValueError unless both have the same names, shapes, and values of what is no tensor."""
-    saved, own = ({name: tuple(value.shape) if isinstance(value, torch.Tensor) else value
-                   for name, value in state.items()} for state in (saved, own))
-    if differing := sorted(name for name in {*saved, *own} if saved.get(name) != own.get(name)):
-        name = differing[0]
-        there, here = (str(state.get(name, "nothing"))[:80] for state in (saved, own))
-        raise ValueError(f"{path} is a checkpoint of another model: {name}: {there} in the file, {here} in the model, "
-                         f"and {len(differing) - 1} more")
+    def stop(self) -> None:
+        """Ends the run after this step, as if it had come to its last one."""
+        self.is_stopping = True
 
-def _is_row(line: bytes, iter_num: int) -> bool:
-    """Whether a line of metrics.jsonl is whole, and of the first iter_num steps."""
-    try:
-        return line.endswith(b"\n") and json.loads(line)["iteration"] <= iter_num
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return False
+    def step(self, network: Callable, batches: list) -> None:
+        """Learns from a batch: moves the weights along the gradient of its mean loss."""
+        self._set_rates()
+        self.model.zero_grad(set_to_none=True)
+        self.loss = torch.zeros((), device=self.device)
+        self.grad_norm = torch.zeros((), device=self.device)
+        counts = [self._count_targets(y) for x, y in batches]
+        total = processes.sum_over_processes(sum(counts))
+        if total > 0:
+            self._backward(network, batches, counts, total)
+            self.scaler.unscale_(self.optimizer)
+            clip = self.config.grad_norm_clip
+            self.grad_norm = nn.utils.clip_grad_norm_(
+                self.model.parameters(), clip if clip > 0 else math.inf)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.steps_done += 1
+
+    def _backward(self, network: Callable, batches: list, counts: list[int], total: float) -> None:
+        """Adds up the gradients of the micro-batches, each by its share of the targets."""
+        # Without a target there is nothing to learn. But each process takes part in
+        # the exchange of gradients, which comes with the last micro-batch.
+        learned = [i for i, count in enumerate(counts) if count > 0] or [len(counts) - 1]
+        for i in learned:
+            network.require_backward_grad_sync = i == learned[-1]  # type: ignore[attr-defined]
+            loss = self.compute(network, *batches[i])[1]
+            # Gradients are averaged over the processes, losses add up to the mean.
+            loss = loss * (self.world_size * counts[i] / total)
+            self.scaler.scale(loss).backward()
+            self.loss = self.loss + loss.detach()
+
+    def compute(self, network: Callable, x: Tensor, y: Tensor) -> tuple:
+        """Runs the network on a batch and returns (output, loss)."""
+        x = x.to(self.device, non_blocking=True)
+        y = y.to(self.device, non_blocking=True)
+        is_mixed = self.dtype != torch.float32
+        with torch.autocast(self.device_type, self.dtype, enabled=is_mixed):
+            result = network(x, y)
+        if not isinstance(result, (tuple, list)) or len(result) != 2:
+            raise ValueError(f"got a {type(result).__name__} from the model's forward(x, y), "
+                             "expected a pair (output, loss)")
+        return result
+
+    def _count_targets(self, y: Tensor) -> int:
+        """Counts the targets of the loss; the model may know that some do not count."""
+        count = getattr(self.model, "count_targets", None)
+        return y.numel() if count is None else int(count(y))
+
+    def _decay_end(self, config: CN) -> float:
+        """Returns the step at which the decay of the learning rate ends."""
+        if config.lr_decay_iters is not None:
+            return config.lr_decay_iters
+        if config.max_iters is not None:
+            return config.max_iters
+        raise ValueError(f"got schedule={config.schedule!r} without an end, expected "
+                         "lr_decay_iters or max_iters")
+
+    def schedule(self, step: int) -> float:
+        """Returns the factor on the learning rates at a step: warm-up, then a decay.
+
+        GPT-3 has this form (Brown et al. 2020, appendix B).
+        """
+        config = self.config
+        if step < config.warmup_iters:
+            return (step + 1) / config.warmup_iters
+        if config.schedule == "constant":
+            return 1.0
+        end = self._decay_end(config)
+        share = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+        height = 1 - share
+        if config.schedule == "cosine":
+            height = 0.5 * (1 + math.cos(math.pi * share))
+        least = config.min_lr / max(config.learning_rate, 1e-30)
+        return least + height * (1 - least)
+
+    def _set_rates(self) -> None:
+        """Sets the learning rates of this step. Without a schedule they are left alone."""
+        if self.config.schedule != "constant" or self.config.warmup_iters > 0:
+            factor = self.schedule(self.steps_done)
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+
+    def take_time(self, start: float) -> None:
+        """Notes how long a step took that began at `start`."""
+        self.iter_time = time.perf_counter()
+        self.iter_dt = self.iter_time - start
+
+    def after_step(self) -> None:
+        """Does what comes after each step: here nothing, in Run a lot."""
+
+
+def carry_over(before: Any, optimizer: Any) -> None:
+    """Gives a new optimizer the state of an earlier one, parameter by parameter.
+
+    The rates and other settings of the new one stay.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in before.state:
+                optimizer.state[parameter] = before.state[parameter]
+    # Some optimizers also count in their groups.
+    settings = ("params", "lr", "initial_lr", "betas", "momentum", "weight_decay")
+    if len(before.param_groups) == len(optimizer.param_groups):
+        for old, new in zip(before.param_groups, optimizer.param_groups):
+            new.update({key: value for key, value in old.items() if key not in settings})

@@ -1,0 +1,178 @@
+"""
+Checkpoints: one file with all that a run needs to go on.
+
+    content = read_checkpoint("out/adder/checkpoint.pt")
+    load_model_state(model, content["model"])
+
+A checkpoint is a dictionary:
+
+    model, model_config     weights, and the settings to build the model again
+    optimizer, scaler       their state_dict()
+    iter_num, seed          steps done, and the seed of the examples
+    best_loss, elapsed      lowest validation loss, seconds of training
+    random_states           of the random generators, for each process
+    config                  settings of the run
+"""
+
+import json
+import math
+import pickle
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mingpt.utils import replacing
+
+# Types that torch.load(weights_only=True) reads.
+PLAIN_TYPES = (str, int, float, bool, bytes, type(None))
+
+
+def save_checkpoint(path: str | Path, content: dict) -> None:
+    """Writes a checkpoint beside `path`, then renames it. Makes the folder."""
+    path = Path(path).expanduser()
+    content = make_plain(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part, open(part, "wb") as file:
+        torch.save(content, file)
+
+
+def make_plain(value: Any, name: str = "checkpoint") -> Any:
+    """Copies a nested value, with NumPy's numbers as Python's.
+
+    Raises ValueError for what could not be read back, with the name of its entry.
+    """
+    if isinstance(value, dict):
+        return {make_plain(key, name): make_plain(item, f"{name}[{key!r}]")
+                for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [make_plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
+        return tuple(items) if isinstance(value, tuple) else items
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in PLAIN_TYPES or isinstance(value, Tensor):
+        return value
+    raise ValueError(f"got a {type(value).__name__} as {name}, which a checkpoint cannot hold; "
+                     "expected tensors, numbers, texts, lists, tuples and dictionaries")
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Reads a checkpoint, its tensors on the CPU.
+
+    Raises ValueError for a missing, damaged or other file.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint at {path}; "
+                         "start without resume, or check the folder")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # This compares checksums, which torch.load does not.
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"its part {damaged} has changed")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # torch's own text advises to load the file without its guard.
+        raise ValueError(
+            f"{path} is no checkpoint: it holds more than tensors and plain values") from None
+    except Exception as error:
+        # Each library has errors of its own for a broken file.
+        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from None
+    if not isinstance(content, dict) or "random_states" not in content:
+        raise ValueError(f"{path} is no checkpoint of a run")
+    return content
+
+
+def plain_settings(config: Any) -> dict:
+    """Returns the settings of a configuration as JSON has them; other values as texts."""
+    if config is None:
+        return {}
+    return json.loads(json.dumps(vars(config), default=lambda v: getattr(v, "__dict__", str(v))))
+
+
+def model_state(model: nn.Module) -> dict:
+    """Returns a model's weights, by names without the traces of torch.compile."""
+    return {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
+
+
+def load_model_state(model: nn.Module, state: dict) -> None:
+    """Loads what model_state returned, into a model compiled or not."""
+    names = {name.replace("_orig_mod.", ""): name for name in model.state_dict()}
+    model.load_state_dict({names.get(name, name): value for name, value in state.items()})
+
+
+def check_same_model(saved: dict, own: dict, path: str | Path) -> None:
+    """Raises ValueError unless two model states have the same names and shapes.
+
+    Values that are no tensors, such as a vocabulary, have to be equal.
+    """
+    saved = _shapes(saved)
+    own = _shapes(own)
+    differing = sorted(name for name in {*saved, *own} if saved.get(name) != own.get(name))
+    if differing:
+        name = differing[0]
+        there = str(saved.get(name, "nothing"))[:80]
+        here = str(own.get(name, "nothing"))[:80]
+        raise ValueError(
+            f"{path} is a checkpoint of another model: {name} is {there} in the file and "
+            f"{here} in the model, and {len(differing) - 1} more differ")
+
+
+def _shapes(state: dict) -> dict:
+    return {name: tuple(value.shape) if isinstance(value, Tensor) else value
+            for name, value in state.items()}
+
+
+def check_same_optimizer(saved: dict, own: dict, path: str | Path) -> None:
+    """Raises ValueError unless two optimizer states have groups of the same form."""
+    forms = [[(len(group["params"]), sorted(group)) for group in state["param_groups"]]
+             for state in (saved, own)]
+    if forms[0] != forms[1]:
+        raise ValueError(f"{path} was written with another optimizer, or other layers were "
+                         "trained; resume with the same")
+
+
+def random_state(device_type: str) -> dict:
+    """Returns the state of every random generator, in types that can be read back."""
+    numpy = [part.tolist() if isinstance(part, np.ndarray) else part
+             for part in np.random.get_state()]
+    state = {"python": random.getstate(), "numpy": numpy, "cpu": torch.get_rng_state()}
+    if device_type != "cpu":
+        state[device_type] = torch.get_device_module(device_type).get_rng_state()
+    return state
+
+
+def set_random_state(state: dict, device_type: str) -> None:
+    """Puts every random generator back into the state that random_state returned."""
+    random.setstate(state["python"])
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["cpu"])
+    if device_type != "cpu" and device_type in state:
+        torch.get_device_module(device_type).set_rng_state(state[device_type])
+
+
+def finite_or_none(value: Any) -> Any:
+    """Returns None for a float that JSON cannot hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def keep_rows(path: Path, steps: int) -> None:
+    """Drops from metrics.jsonl a cut last row and rows after this many steps."""
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)
+        with replacing(path) as part:
+            part.write_bytes(b"".join(line for line in lines if _is_row(line, steps)))
+
+
+def _is_row(line: bytes, steps: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["iteration"] <= steps
+    except (ValueError, TypeError, KeyError):
+        return False

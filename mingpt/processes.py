@@ -1,0 +1,131 @@
+"""
+The processes of a run: who is first, what they exchange, which device and signals they get.
+
+    torchrun --nproc_per_node=2 SCRIPT.py       # two GPUs, or two processes on a CPU
+
+torchrun starts the same script several times. Each process has a number, its rank,
+in the environment variable RANK; WORLD_SIZE says how many there are. Everything here
+is read when it is asked for. One process alone needs no exchange.
+"""
+
+import atexit
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    """Returns the number of this process: 0 for the first, or the only one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Returns the number of processes that train together."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def choose_device(name: str) -> str:
+    """Returns the device to compute on; "auto" takes cuda, else mps, else cpu.
+
+    Raises ValueError for a device that is not here.
+    """
+    device = name
+    if name == "auto":
+        device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    try:
+        if world_size() > 1 and device == "cuda":
+            # Each process of a machine has a GPU of its own.
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # This fails on "meta", which holds no numbers.
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError):
+        raise ValueError(
+            f"got device={name!r}, which is not here; 'auto' takes what there is") from None
+    return device
+
+
+def connect() -> None:
+    """Connects the processes that torchrun started. Raises ValueError for half a setting."""
+    if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ValueError("got RANK without WORLD_SIZE in the environment, expected both; "
+                         "torchrun sets them")
+    if world_size() > 1 and not dist.is_initialized():
+        # Loaded now: DistributedDataParallel would load it later and keep the
+        # process group alive.
+        from torch import _dynamo  # noqa: F401
+        # gloo connects processors, nccl GPUs.
+        dist.init_process_group()
+        # Its threads must not outlive Python.
+        atexit.register(dist.destroy_process_group)
+
+
+def sum_over_processes(number: float) -> float:
+    """Adds up the numbers of all processes; all must call it."""
+    if world_size() == 1:
+        return number
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(number, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def gather(value: Any) -> list:
+    """Returns the values of all processes, by rank; all must call it."""
+    values = [value]
+    if world_size() > 1:
+        values = [None] * world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Waits until all processes are here."""
+    sum_over_processes(0)
+
+
+class Signals:
+    """Notes signals that ask for an end, so that a step can be finished first.
+
+    They are Ctrl-C, SIGTERM and, when a terminal closes, SIGHUP. A second signal
+    ends the process at once. Use it as `with Signals() as signals:`.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None  # number of the signal
+        self._time = 0.0
+        self._before: dict = {}
+
+    @property
+    def is_interrupt(self) -> bool:
+        """Tells whether the signal was Ctrl-C."""
+        return self.received == signal.SIGINT
+
+    def _note(self, number: int, frame: Any) -> None:
+        # torchrun passes Ctrl-C on, so it may come twice within a second.
+        if self.received is not None and time.monotonic() > self._time + 1:
+            raise KeyboardInterrupt
+        self.received = number
+        self._time = time.monotonic()
+
+    def __enter__(self) -> "Signals":
+        # Other threads get no signals.
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)
+                # nohup, for example, wants a signal ignored. Windows has no SIGHUP.
+                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
