@@ -43,8 +43,7 @@ def _read_parts(path: str | Path) -> Iterator[str]:
                              f"at position {place}; save it as UTF-8 first") from None
 
 
-def encode_file(encoder, path: str | Path, out: str | Path,
-                allowed_special: str | Iterable[str] = ()) -> int:
+def encode_file(encoder, path: str | Path, out: str | Path, allowed_special=()) -> int:
     """Encodes a text file to a file of uint16 tokens, and returns their number.
 
     They are the tokens of encoder.encode(read_text(path), allowed_special), but memory
@@ -109,8 +108,8 @@ class TokenDataset(Dataset):
         """Returns a batch, x (B, T) and y (B, T)."""
         wanted = np.array(indices)[:, None] * self.stride  # (B, 1)
         starts = np.minimum(wanted, self.last_start)  # (B, 1)
-        windows = self.tokens[starts + np.arange(self.block_size + 1)]  # (B, T + 1)
-        windows = windows.astype(np.int64)
+        places = starts + np.arange(self.block_size + 1)  # (B, T + 1)
+        windows = self.tokens[places].astype(np.int64)  # (B, T + 1)
 
         repeated = np.arange(self.block_size) < wanted - starts  # (B, T)
         targets = np.where(repeated, -1, windows[:, 1:])  # (B, T)
@@ -137,10 +136,10 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 def count_examples(dataset) -> int:
     """Returns the length of a dataset; ValueError if it has none, or no examples."""
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise ValueError(f"got a {type(dataset).__name__}, expected a length and pairs (x, y)")
-    if len(dataset) == 0:
-        raise ValueError("got a dataset without examples")
+    has_length = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+    if not has_length or len(dataset) == 0:
+        raise ValueError(f"got a {type(dataset).__name__} that is empty or has no length, "
+                         "expected one with examples (x, y) by number")
     return len(dataset)
 
 
