@@ -80,9 +80,9 @@ class Run(Trainer):
             if config.resume is True or path.exists():
                 self.load_checkpoint(path)
 
-    def _complete(self, config: CN) -> None:
-        super()._complete(config)
-        check_config(config, RULES)
+    def check_settings(self) -> None:
+        check_config(self.config, RULES)
+        super().check_settings()
 
     def run(self) -> None:
         """Trains for max_iters steps, or goes on from the checkpoint that was loaded."""
@@ -197,7 +197,7 @@ class Run(Trainer):
         counted = 0
         with eval_mode(self.model):
             for x, y in progress(load_batches(dataset, batches), "evaluating", len(batches)):
-                n = self._count_targets(y)
+                n = self.count_targets(y)
                 if n > 0:
                     total += self.compute(self.model, x, y)[1].item() * n
                     counted += n

@@ -19,23 +19,21 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mingpt import processes
 from mingpt.data import count_examples, draw_examples, load_batches
-from mingpt.utils import CN, CfgNode, check_config, logger, warn_unknown
+from mingpt.utils import CN, CfgNode, check_config, fill_in, logger
 
 RULES = (  # names of settings, test of a value, what is expected
-    ("batch_size grad_accum_steps", lambda v: v >= 1 and v == int(v), "a whole number from 1 on"),
+    ("batch_size grad_accum_steps", lambda v: v == int(v) >= 1, "a whole number from 1 on"),
     ("max_iters lr_decay_iters", lambda v: v is None or v >= 0, "a number from 0 on, or None"),
-    ("num_workers", lambda v: 0 <= v <= 256 and v == int(v), "a whole number from 0 to 256"),
-    ("warmup_iters", lambda v: 0 <= v < math.inf, "a number from 0 on"),
-    ("seed", lambda v: v is None or v >= 0 and v == int(v), "a whole number from 0 on, or None"),
-    ("learning_rate min_lr weight_decay grad_norm_clip", lambda v: 0 <= v < math.inf, "0 or more"),
-    ("betas", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v),
-     "two numbers from 0 to below 1"),
+    ("num_workers", lambda v: v == int(v) and 0 <= v <= 256, "a whole number from 0 to 256"),
+    ("seed", lambda v: v is None or v == int(v) >= 0, "a whole number from 0 on, or None"),
+    ("learning_rate min_lr weight_decay grad_norm_clip warmup_iters",
+     lambda v: 0 <= v < math.inf, "a number from 0 on"),
+    ("betas", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v), "two numbers below 1"),
     ("momentum", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
     ("dtype", lambda v: v in ("auto", "float32", "bfloat16", "float16"),
      "auto, float32, bfloat16 or float16"),
@@ -81,72 +79,52 @@ class Trainer:
 
         Raises ValueError for a setting or a dataset that does not fit.
         """
-        self._complete(config)
+        defaults = vars(self.get_default_config())
+        fill_in(config, defaults, [*defaults, *RUN_FIELDS], "Trainer")
+        foreign = [name for name in RUN_FIELDS if name not in defaults and getattr(config, name, 0)]
+        if foreign:
+            logger.warning(f"Trainer ignores {', '.join(foreign)}: see Run in mingpt/run.py")
         self.config = config
-        self.train_dataset = train_dataset
-        self.callbacks: dict[str, list[Callable]] = defaultdict(list)
-        self.optimizer: Any = None  # made when run() starts
-        self.scaler: Any = None  # for float16
-
+        self.check_settings()
         self.device = processes.choose_device(config.device)
         self.device_type = torch.device(self.device).type
-        self.dtype = self._choose_dtype()
+        self.dtype = processes.choose_dtype(config.dtype, self.device_type)
         processes.connect()
         self.rank = processes.rank()
         self.world_size = processes.world_size()
-        self._check_batches()
+        count_examples(train_dataset)
+        parts = self.world_size * config.grad_accum_steps
+        if config.batch_size % parts:
+            raise ValueError(f"got batch_size={config.batch_size}, expected a multiple of {parts}, "
+                             "the number of processes times grad_accum_steps")
         self.model = model.to(self.device)
+        self.train_dataset = train_dataset
+        self.callbacks: dict[str, list[Callable]] = defaultdict(list)
+        self.optimizer: Any = None  # made when run() starts
+        self.scaler: Any = None
         logger.info(f"running on device {self.device}")
 
-        # minGPT's names.
-        self.iter_num = 0  # steps done; inside on_batch_end one less
+        self.iter_num = 0  # steps done; inside on_batch_end one less, as in minGPT
         self.iter_time = 0.0  # when the last step ended, in seconds
         self.iter_dt = 0.0  # seconds that the last step took
         self.loss = torch.zeros(())  # mean loss of the last step
-
+        self.grad_norm = torch.zeros(())  # length of its gradient before clipping
         self.steps_done = 0
-        self.grad_norm = torch.zeros(())  # length of the gradient before clipping
-        self.seed = 0  # of this run
-        self.runs = 0  # runs that have come to their end
+        self.seed = 0  # of the examples of this run
+        self.runs_done = 0
         self.is_stopping = False
         self.goes_on = False  # whether the next run() continues an earlier one
 
-    def _complete(self, config: CN) -> None:
-        defaults = self.get_default_config()
-        warn_unknown(config, [*vars(defaults), *RUN_FIELDS], "Trainer")
-        left = [name for name in RUN_FIELDS
-                if getattr(config, name, None) and name not in vars(defaults)]
-        if left and type(self) is Trainer:
-            logger.warning(f"Trainer ignores {', '.join(left)}; Run in mingpt/run.py uses it")
-        for name, value in vars(defaults).items():
-            value = getattr(config, name, value)
-            # A checkpoint holds Python's own numbers, not NumPy's.
-            if isinstance(value, (np.generic, Tensor)):
-                value = value.item()
-            setattr(config, name, value)
+    def check_settings(self) -> None:
+        """Raises ValueError for a setting that is wrong or contradicts another."""
+        config = self.config
         check_config(config, RULES)
         if config.min_lr > config.learning_rate:
             raise ValueError(f"got min_lr={config.min_lr}, expected at most "
                              f"learning_rate={config.learning_rate}")
-        if config.schedule != "constant" and self._decay_end(config) < config.warmup_iters:
-            raise ValueError(f"got warmup_iters={config.warmup_iters}, expected at most the end "
-                             f"of the schedule, step {self._decay_end(config)}")
-
-    def _choose_dtype(self) -> torch.dtype:
-        name = self.config.dtype
-        if name == "auto":
-            has_bfloat16 = self.device_type == "cuda" and torch.cuda.is_bf16_supported(
-                including_emulation=False)
-            name = "bfloat16" if has_bfloat16 else "float32"
-        return getattr(torch, name)
-
-    def _check_batches(self) -> None:
-        count_examples(self.train_dataset)
-        parts = self.world_size * self.config.grad_accum_steps
-        if self.config.batch_size % parts:
-            raise ValueError(
-                f"got batch_size={self.config.batch_size}, expected a multiple of {parts}: "
-                f"{self.world_size} process(es), grad_accum_steps={self.config.grad_accum_steps}")
+        if config.schedule != "constant" and not config.warmup_iters <= self.decay_end():
+            raise ValueError(f"got warmup_iters={config.warmup_iters}, expected at most the step "
+                             f"at which the schedule ends, {self.decay_end()}")
 
     def add_callback(self, onevent: str, callback: Callable) -> None:
         """Calls callback(trainer) at an event, after the callbacks added before."""
@@ -157,7 +135,7 @@ class Trainer:
         self.callbacks[onevent] = [callback]
 
     def trigger_callbacks(self, onevent: str) -> None:
-        for callback in list(self.callbacks.get(onevent, [])):
+        for callback in self.callbacks.get(onevent, []):
             callback(self)
 
     def run(self) -> None:
@@ -179,7 +157,7 @@ class Trainer:
             raise
         # All processes wait here until the last one has saved.
         processes.barrier()
-        self.runs += 1
+        self.runs_done += 1
         self.trigger_callbacks("on_train_end")
 
     def begin(self) -> Callable:
@@ -194,8 +172,8 @@ class Trainer:
             logger.info(f"going on after step {self.steps_done}")
         else:
             self.steps_done = 0
-            self.seed = self._draw_seed()
             self.scaler = self.make_scaler()
+            self.seed = self.choose_seed()
             if self.rank > 0:
                 # Dropout differs between processes.
                 torch.manual_seed(self.seed + self.rank)
@@ -214,9 +192,8 @@ class Trainer:
     def make_optimizer(self) -> Any:
         """Makes the optimizer by the model's configure_optimizers, or else AdamW."""
         config = self.config
-        configure = getattr(self.model, "configure_optimizers", None)
-        if configure is not None:
-            optimizer = configure(config)
+        if hasattr(self.model, "configure_optimizers"):
+            optimizer = self.model.configure_optimizers(config)
         elif config.optimizer == "adamw":
             optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate,
                                           betas=config.betas, weight_decay=config.weight_decay)
@@ -229,31 +206,31 @@ class Trainer:
         return optimizer
 
     def make_scaler(self) -> Any:
-        """Makes what scales the loss, so that gradients in float16 do not vanish."""
+        """Makes what scales the loss in float16, so that gradients do not vanish."""
         return torch.amp.GradScaler(self.device_type, enabled=self.dtype == torch.float16)
 
-    def _draw_seed(self) -> int:
-        """Chooses the seed of a new run. All processes take the first one's."""
+    def choose_seed(self) -> int:
+        """Returns the seed of a new run. All processes take the first one's."""
         if self.config.seed is not None:
-            return int(self.config.seed) + self.runs
+            return int(self.config.seed) + self.runs_done
         return processes.gather(int(torch.randint(2**31, ())))[0]
 
     def draw_batches(self) -> Iterator[list]:
-        """Yields the batch of each step: a list of micro-batches (x, y).
+        """Yields the batch of each step, as a list of micro-batches (x, y).
 
         The batch of step i depends on the seed and i alone.
         """
         config = self.config
 
-        def examples() -> Iterator[list[int]]:
+        def draw() -> Iterator[list[int]]:
             for step in itertools.count(self.steps_done):
-                drawn = draw_examples(step, self.seed, len(self.train_dataset),
-                                      config.batch_size, config.replacement)
+                examples = draw_examples(step, self.seed, len(self.train_dataset),
+                                         config.batch_size, config.replacement)
                 # (batch_size,) -> (micro-batches, processes, examples)
-                parts = drawn.reshape(config.grad_accum_steps, self.world_size, -1)
+                parts = examples.reshape(config.grad_accum_steps, self.world_size, -1)
                 yield from parts[:, self.rank].tolist()
 
-        batches = load_batches(self.train_dataset, examples(), config.num_workers,
+        batches = load_batches(self.train_dataset, draw(), config.num_workers,
                                pin_memory=self.device_type == "cuda", seed=self.seed)
         while True:
             yield [next(batches) for _ in range(config.grad_accum_steps)]
@@ -264,19 +241,19 @@ class Trainer:
         return self.is_stopping or (max_iters is not None and self.steps_done >= max_iters)
 
     def stop(self) -> None:
-        """Ends the run after this step, as if it had come to its last one."""
+        """Ends the run after this step, as if it were the last one."""
         self.is_stopping = True
 
     def step(self, network: Callable, batches: list) -> None:
-        """Learns from a batch: moves the weights along the gradient of its mean loss."""
-        self._set_rates()
+        """Learns from a batch: moves the weights against the gradient of its mean loss."""
+        self.set_rates()
         self.model.zero_grad(set_to_none=True)
         self.loss = torch.zeros((), device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
-        counts = [self._count_targets(y) for x, y in batches]
+        counts = [self.count_targets(y) for _, y in batches]
         total = processes.sum_over_processes(sum(counts))
         if total > 0:
-            self._backward(network, batches, counts, total)
+            self.backward(network, batches, [count / total for count in counts])
             self.scaler.unscale_(self.optimizer)
             clip = self.config.grad_norm_clip
             self.grad_norm = nn.utils.clip_grad_norm_(
@@ -285,16 +262,18 @@ class Trainer:
             self.scaler.update()
         self.steps_done += 1
 
-    def _backward(self, network: Callable, batches: list, counts: list[int], total: float) -> None:
-        """Adds up the gradients of the micro-batches, each by its share of the targets."""
+    def backward(self, network: Any, batches: list, shares: list[float]) -> None:
+        """Adds up the gradients of the micro-batches, each by its share of all targets."""
         # Without a target there is nothing to learn. But each process takes part in
-        # the exchange of gradients, which comes with the last micro-batch.
-        learned = [i for i, count in enumerate(counts) if count > 0] or [len(counts) - 1]
+        # the exchange of gradients, which comes with its last micro-batch.
+        learned = [i for i, share in enumerate(shares) if share > 0]
+        if not learned:
+            learned = [len(shares) - 1]
         for i in learned:
-            network.require_backward_grad_sync = i == learned[-1]  # type: ignore[attr-defined]
+            network.require_backward_grad_sync = i == learned[-1]
             loss = self.compute(network, *batches[i])[1]
-            # Gradients are averaged over the processes, losses add up to the mean.
-            loss = loss * (self.world_size * counts[i] / total)
+            # Gradients are averaged over the processes, so each takes its sum.
+            loss = loss * (self.world_size * shares[i])
             self.scaler.scale(loss).backward()
             self.loss = self.loss + loss.detach()
 
@@ -310,44 +289,43 @@ class Trainer:
                              "expected a pair (output, loss)")
         return result
 
-    def _count_targets(self, y: Tensor) -> int:
+    def count_targets(self, y: Tensor) -> int:
         """Counts the targets of the loss; the model may know that some do not count."""
-        count = getattr(self.model, "count_targets", None)
-        return y.numel() if count is None else int(count(y))
+        if hasattr(self.model, "count_targets"):
+            return int(self.model.count_targets(y))
+        return y.numel()
 
-    def _decay_end(self, config: CN) -> float:
-        """Returns the step at which the decay of the learning rate ends."""
-        if config.lr_decay_iters is not None:
-            return config.lr_decay_iters
-        if config.max_iters is not None:
-            return config.max_iters
-        raise ValueError(f"got schedule={config.schedule!r} without an end, expected "
-                         "lr_decay_iters or max_iters")
+    def decay_end(self) -> float:
+        """Returns the step at which the learning rate reaches min_lr."""
+        for end in (self.config.lr_decay_iters, self.config.max_iters):
+            if end is not None:
+                return end
+        raise ValueError(f"got schedule={self.config.schedule!r} without an end, expected "
+                         "max_iters or lr_decay_iters")
 
     def schedule(self, step: int) -> float:
-        """Returns the factor on the learning rates at a step: warm-up, then a decay.
+        """Returns the factor on the learning rates at a step: warm-up, then the decay.
 
         GPT-3 has this form (Brown et al. 2020, appendix B).
         """
         config = self.config
-        if step < config.warmup_iters:
-            return (step + 1) / config.warmup_iters
+        warmup = config.warmup_iters
+        if step < warmup:
+            return (step + 1) / warmup
         if config.schedule == "constant":
             return 1.0
-        end = self._decay_end(config)
-        share = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+        share = min(1.0, (step - warmup) / max(1, self.decay_end() - warmup))
         height = 1 - share
         if config.schedule == "cosine":
             height = 0.5 * (1 + math.cos(math.pi * share))
         least = config.min_lr / max(config.learning_rate, 1e-30)
         return least + height * (1 - least)
 
-    def _set_rates(self) -> None:
+    def set_rates(self) -> None:
         """Sets the learning rates of this step. Without a schedule they are left alone."""
         if self.config.schedule != "constant" or self.config.warmup_iters > 0:
-            factor = self.schedule(self.steps_done)
             for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
+                group["lr"] = group["initial_lr"] * self.schedule(self.steps_done)
 
     def take_time(self, start: float) -> None:
         """Notes how long a step took that began at `start`."""
@@ -359,15 +337,12 @@ class Trainer:
 
 
 def carry_over(before: Any, optimizer: Any) -> None:
-    """Gives a new optimizer the state of an earlier one, parameter by parameter.
-
-    The rates and other settings of the new one stay.
-    """
+    """Gives a new optimizer the state of an earlier one, parameter by parameter."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter in before.state:
                 optimizer.state[parameter] = before.state[parameter]
-    # Some optimizers also count in their groups.
+    # Some optimizers also count in their groups. Settings stay the new ones.
     settings = ("params", "lr", "initial_lr", "betas", "momentum", "weight_decay")
     if len(before.param_groups) == len(optimizer.param_groups):
         for old, new in zip(before.param_groups, optimizer.param_groups):

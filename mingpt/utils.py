@@ -209,6 +209,15 @@ def warn_unknown(config, known: Iterable[str], owner: str) -> None:
             logger.warning(f"{owner} does not use {name}{_suggest(name, known)}")
 
 
+def fill_in(config, defaults: dict, known: Iterable[str], owner: str) -> None:
+    """Gives a configuration the fields that it lacks, and Python's own numbers for NumPy's."""
+    warn_unknown(config, known, owner)
+    for name, value in {**defaults, **vars(config)}.items():
+        if isinstance(value, (np.generic, torch.Tensor)) and value.ndim == 0:
+            value = value.item()
+        setattr(config, name, value)
+
+
 def check_config(config, rules: Iterable[tuple[str, Callable, str]]) -> None:
     """Raises ValueError for the first field that breaks its rule.
 
