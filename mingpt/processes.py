@@ -53,6 +53,15 @@ def choose_device(name: str) -> str:
     return device
 
 
+def choose_dtype(name: str, device_type: str) -> torch.dtype:
+    """Returns the precision to compute in; "auto" is bfloat16 on a GPU that has it itself."""
+    if name == "auto":
+        has_bfloat16 = device_type == "cuda" and torch.cuda.is_bf16_supported(
+            including_emulation=False)
+        name = "bfloat16" if has_bfloat16 else "float32"
+    return getattr(torch, name)
+
+
 def connect() -> None:
     """Connects the processes that torchrun started. Raises ValueError for half a setting."""
     if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
