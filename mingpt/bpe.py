@@ -1,234 +1,343 @@
 """
-GPT-2's tokenizer: text to a list of numbers and back, by byte-pair encoding (BPE). A copy of this file works alone.
+Turns text into tokens and back: GPT-2's byte-pair encoding (BPE). A copy of this file works alone.
 
-    from mingpt.bpe import get_encoder
-    encoder = get_encoder()                     # downloads two small vocabulary files the first time
-    encoder.decode(encoder.encode("Hello!!"))
+    python -m mingpt.bpe                   # shows every step on an example
+    python -m mingpt.bpe "my own text"     # or on yours; the first time downloads 1.5 MB
 
-    python mingpt/bpe.py                        # shows every step on an example
+A GPT reads numbers. So a text is cut into tokens, and each token has a number. For " Hello!!":
 
-The steps, for " Hello!!":
-1. A regular expression cuts the text into words, each with the space before it: " Hello", "!!". No token crosses a cut.
-2. Each word becomes its UTF-8 bytes, written as one visible character per byte: "ĠHello" (see bytes_to_unicode).
-3. Of all neighbouring symbols, the pair that was learned first is merged, then the next, until no known pair is left:
+1. The word pattern, a regular expression, cuts the text into words: " Hello" and "!!".
+   A word keeps the space before it. No token reaches across two words.
+2. A word becomes bytes. UTF-8 stores a character as one to four bytes, numbers from 0 to 255: 256
+   symbols spell any text. Each is shown as a visible character, the space as Ġ: Ġ H e l l o.
+3. Merges join neighbours. A merge is a pair of symbols that often stood side by side in the text
+   that the vocabulary was learned from. Of the pairs in a word, the one learned first goes first:
    Ġ H e l l o -> Ġ H e ll o -> ĠH e ll o -> ĠHe ll o -> ĠHell o -> ĠHello.
-4. Each symbol that is left has a number in the vocabulary: 18435.
-"Neural Machine Translation of Rare Words with Subword Units", Sennrich et al. 2016; on bytes: GPT-2 paper, section 2.2.
+4. The symbols left are the tokens. The vocabulary gives each its number: ĠHello is 18435.
+
+Sources: Sennrich et al. 2016 (arXiv:1508.07909); with bytes, Radford et al. 2019 (the GPT-2 paper).
 """
 
 import codecs
 import hashlib
 import heapq
 import json
+import math
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import regex
 
-if TYPE_CHECKING: # its import takes about a second, and only BPETokenizer needs it
+if TYPE_CHECKING:
     import torch
 
-def bytes_to_unicode() -> dict[int, str]:
-    """A visible character for every byte: {33: '!', 65: 'A', 32: 'Ġ', 10: 'Ċ', ...}.
-
-    A file that lists tokens line by line cannot hold raw bytes: a newline or one half of 'é' would break it. The 188
-    bytes that Latin-1 prints (! to ~, ¡ to ¬, ® to ÿ) stand for themselves. The other 68 take, in order, the characters
-    from number 256 on: byte 0 is 'Ā', and the space, the 33rd of them, is 'Ġ'.
-    """
-    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-# Step 1. The end of a contraction; or letters, digits or other signs, each with the space before them; or white space,
-# whose last character is left to the word that follows. Upper case 'VE is not known as the end of a contraction.
+# The end of a contraction; or letters, digits or other signs, each with the space
+# before them; or white space, whose last character is left to the next word.
 WORD = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
-# No word goes from non-space to space, so a text can also be cut into pieces there, which are looked up as a whole:
-# "(white space) + anything else" is a simpler pattern and nearly four times as fast. SPACE is Unicode's White_Space.
+# White space and all up to the next one: one word or several. No word crosses its
+# ends, and finding pieces is nearly four times as fast. SPACE is WORD's \s.
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 PIECE = re.compile(f"[{SPACE}]*[^{SPACE}]+|[{SPACE}]+")
 
-class _Cache(dict):
-    """The tokens of the pieces met so far: dict calls __missing__ for a new piece, so a known one costs one look-up."""
+CACHE_BYTES = 32 << 20
+SOURCE = "https://openaipublic.blob.core.windows.net/gpt-2/models/124M/"
 
-    def __init__(self, encode_word, max_characters: int = 1 << 20): # some 30 MB
-        self.encode_word, self.max_characters, self.characters = encode_word, max_characters, 0
 
-    def __missing__(self, piece: str) -> tuple[int, ...]:
-        words = WORD.findall(piece)
-        tokens = self.encode_word(piece) if len(words) == 1 else tuple(chain(*map(self.__getitem__, words)))
-        self.characters += max(8, len(piece)) # a short one takes memory, too
-        if self.characters <= self.max_characters:
-            self[piece] = tokens
-        else:
-            self.clear() # the frequent pieces are soon back
-            self.characters = 0
-        return tokens
+def bytes_to_unicode() -> dict[int, str]:
+    """Gives every byte a visible character: {33: "!", 65: "A", 32: "Ġ", 10: "Ċ", ...}.
+
+    A file with a token a line cannot hold a newline or one half of "é". The 188 bytes that
+    Latin-1 prints stand for themselves; the other 68 take the characters from number 256 on.
+    """
+    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    characters = {byte: chr(byte) for byte in visible}
+    return characters | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
 
 class Encoder:
-    """Byte-pair encoding with a given vocabulary and list of merges.
+    """Encodes text by a vocabulary and a list of merges.
 
-    >>> toy = Encoder({'a': 0, 'b': 1, 'c': 2, 'ab': 3, 'abc': 4}, [('a', 'b'), ('ab', 'c')])
-    >>> toy.encode('abcab'), toy.decode([4, 3])
+    >>> toy = Encoder({"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}, [("a", "b"), ("ab", "c")])
+    >>> toy.encode("abcab"), toy.decode([4, 3])
     ([4, 3], 'abcab')
     """
 
-    def __init__(self, encoder: dict[str, int], bpe_merges: list[tuple[str, str]]):
-        """encoder: token -> number, tokens as bytes_to_unicode writes them; bpe_merges: pairs in the order learned."""
+    def __init__(self, encoder: dict, bpe_merges: Iterable, special_tokens: dict | None = None):
+        """Takes {token: number}, pairs of symbols in the order learned, and {added token: number}.
+
+        bytes_to_unicode spells a token. An added token is plain text, such as "<|user|>".
+        """
         self.byte_encoder = bytes_to_unicode()
-        self.byte_decoder = {char: byte for byte, char in self.byte_encoder.items()}
+        self.byte_decoder = {character: byte for byte, character in self.byte_encoder.items()}
         self.encoder = encoder
-        self.decoder = {number: token for token, number in encoder.items()}
         self.bpe_ranks = {tuple(pair): rank for rank, pair in enumerate(bpe_merges)}
-        self.special_tokens = {token: number for token, number in encoder.items() if token == "<|endoftext|>"}
-        self.eot_token = encoder.get("<|endoftext|>") # the number of the token that stands between texts
-        self.token_bytes = {number: bytes(self.byte_decoder[c] for c in token) for token, number in encoder.items()}
-        self.cache = _Cache(self._encode_word)
+
+        # A special token is plain text that no merge makes.
+        bytes_spell = set(self.byte_decoder).issuperset
+        spelled = {t: n for t, n in encoder.items() if bytes_spell(t)}
+        self.special_tokens = {t: n for t, n in encoder.items() if t not in spelled}
+        if "<|endoftext|>" in encoder:
+            self.special_tokens["<|endoftext|>"] = encoder["<|endoftext|>"]
+        if special_tokens is not None:
+            self.special_tokens.update(special_tokens)
+        # It stands between two texts. None: the vocabulary lacks it.
+        self.eot_token = self.special_tokens.get("<|endoftext|>")
+
+        self.decoder = {n: t for t, n in encoder.items()}
+        self.decoder |= {n: t for t, n in self.special_tokens.items()}
+        self.token_bytes = {n: bytes([self.byte_decoder[c] for c in t]) for t, n in spelled.items()}
+        self.token_bytes |= {n: t.encode("utf-8") for t, n in self.special_tokens.items()}
+
+        # Words that are known to end as one token when they are merged.
+        self.whole_words: dict[str, int] = {}
+        self.cache = TokenCache(self._encode_word)
 
     def encode(self, text: str, allowed_special: str | Iterable[str] = ()) -> list[int]:
-        """Text to tokens. '<|endoftext|>' in it is text like any other, unless allowed_special names it.
+        """Turns text into tokens. A special token in it is text, unless allowed_special names it.
 
-        Half a surrogate pair, which UTF-8 cannot express, is read as U+FFFD. ValueError for an unknown special token.
+        Half a surrogate pair, which UTF-8 cannot express, is read as U+FFFD. ValueError for an
+        unknown special token, and for a text that the vocabulary cannot spell.
         """
-        special = {allowed_special} if isinstance(allowed_special, str) else set(allowed_special)
-        if unknown := special - set(self.special_tokens):
-            raise ValueError(f"got the special tokens {sorted(unknown)}, expected any of {sorted(self.special_tokens)}")
+        if isinstance(allowed_special, str):
+            allowed_special = [allowed_special]
+
+        # Where one special token begins with another, the longer one counts.
+        special = sorted(set(allowed_special), key=len, reverse=True)
+        if not self.special_tokens.keys() >= set(special):
+            raise ValueError(f"got {special}, expected special tokens: {list(self.special_tokens)}")
+
         if special:
-            parts = re.split(f"({'|'.join(map(re.escape, special))})", text) # text, special, text, special, ..., text
-            numbers = [[self.special_tokens[part]] if i % 2 else self.encode(part) for i, part in enumerate(parts)]
-            return list(chain(*numbers))
+            tokens: list[int] = []
+            # The group keeps what is split at: text, special token, text, ..., text.
+            for part in re.split(f"({'|'.join(map(re.escape, special))})", text):
+                tokens += [self.special_tokens[part]] if part in special else self.encode(part)
+            return tokens
+
         try:
             return list(chain.from_iterable(map(self.cache.__getitem__, PIECE.findall(text))))
         except UnicodeEncodeError:
             return self.encode(_join_surrogates(text))
 
-    def _translate(self, word: str) -> str:
-        """Step 2: ' é' -> 'ĠÃ©'. Latin-1 reads each byte as the character of the same number; translate replaces it."""
+    def _encode_word(self, word: str) -> tuple[int, ...]:
+        spelled = self._spell(word)
+        if spelled in self.whole_words:
+            return (self.whole_words[spelled],)
+        try:
+            return tuple([self.encoder[symbol] for symbol in self._merge(spelled)])
+        except KeyError as error:
+            raise ValueError(f"got {word!r}, but the vocabulary has no token {error}") from None
+
+    def _spell(self, word: str) -> str:
+        """Takes step 2: " é" -> "ĠÃ©". Latin-1 reads a byte as the character of its number."""
         return word.encode("utf-8").decode("latin-1").translate(self.byte_encoder)
 
-    def _encode_word(self, word: str) -> tuple[int, ...]:
-        """Steps 2 to 4 for one word."""
-        return tuple([self.encoder[symbol] for symbol in self._merge(self._translate(word))])
+    def bpe(self, token: str) -> str:
+        """Merges the symbols of a spelled word, the plain way: "lowlevel" -> "low level"."""
+        symbols = list(token)
+        for _, symbols in self.merge_steps(token):
+            pass
+        return " ".join(symbols)
+
+    def merge_steps(self, token: str) -> Iterator[tuple[float, list[str]]]:
+        """Yields (rank of a merge, symbols after it), until no neighbours can be merged."""
+        symbols = list(token)
+        while True:
+            ranks = [self.bpe_ranks.get(pair, math.inf) for pair in zip(symbols, symbols[1:])]
+            rank = min(ranks, default=math.inf)
+            if rank == math.inf:
+                return
+            i = ranks.index(rank)
+            symbols = [*symbols[:i], symbols[i] + symbols[i + 1], *symbols[i + 2 :]]
+            yield rank, symbols
 
     def _merge(self, token: str) -> list[str]:
-        """Step 3: 'ĠHello' -> ['ĠHello'].
+        """Merges as bpe does, but takes n log n steps for n symbols.
 
-        A heap hands out the pairs by rank, then from left to right. The merged symbol takes the place of its left part,
-        so no list is ever shifted: n characters take n log n steps.
+        A heap hands out the pairs by rank, then from left to right. A merged symbol stays at the
+        place of its left part, so no list is shifted: left and right lead to the neighbours.
         """
         rank_of = self.bpe_ranks.get
-        symbols = [*token, ""] # the empty one is the neighbour of the first and of the last; no pair with it has a rank
-        left, right = list(range(-1, len(token))), list(range(1, len(token) + 1)) # the neighbours of each symbol
-        heap = [(rank, i) for i, pair in enumerate(zip(token, token[1:])) if (rank := rank_of(pair)) is not None]
+        # A sentinel at both ends, as place -1 is the last one: no merge contains None.
+        symbols: list = [*token, None]
+        left = list(range(-1, len(token)))
+        right = list(range(1, len(token) + 1))
+        ranks = map(rank_of, zip(token, token[1:]))
+        heap = [(rank, place) for place, rank in enumerate(ranks) if rank is not None]
         heapq.heapify(heap)
+
         while heap:
             rank, i = heapq.heappop(heap)
             j = right[i]
+            # Another merge may have taken a part of this pair.
             if rank_of((symbols[i], symbols[j])) != rank:
-                continue # another merge has taken a part of this pair
+                continue
+
             symbols[i] += symbols[j]
-            symbols[j] = ""
-            h, right[i] = left[i], right[j]
+            symbols[j] = None
+            right[i] = right[j]
             left[right[j]] = i
-            for place in (h, i): # the pairs that the merged symbol now forms
-                if (rank := rank_of((symbols[place], symbols[right[place]]))) is not None:
-                    heapq.heappush(heap, (rank, place))
-        return [symbol for symbol in symbols if symbol]
 
-    def bpe(self, token: str) -> str:
-        """The symbols of one word, already in visible characters, with spaces between: 'lowlevel' -> 'low level'."""
-        return " ".join(self._merge(token))
+            # The merged symbol forms two new pairs.
+            for place in (left[i], i):
+                new_rank = rank_of((symbols[place], symbols[right[place]]))
+                if new_rank is not None:
+                    heapq.heappush(heap, (new_rank, place))
 
-    def encode_and_show_work(self, text: str) -> dict:
-        """What encode does, step by step: the words in 'tokens', their steps in 'parts', the result in 'bpe_idx'."""
-        parts = [{
-            "token": word,
-            "token_bytes": word.encode("utf-8"),
-            "token_translated": self._translate(word),
-            "token_merged": self._merge(self._translate(word)),
-            "token_ix": list(self._encode_word(word)),
-        } for word in WORD.findall(_join_surrogates(text))]
-        return {"bpe_idx": self.encode(text), "tokens": [part["token"] for part in parts], "parts": parts}
+        return [symbol for symbol in symbols if symbol is not None]
 
-    def decode(self, tokens) -> str:
-        """A row of tokens (list, array, tensor) to text. Bytes that form no character become U+FFFD."""
-        return b"".join(self._bytes_of(tokens)).decode("utf-8", errors="replace")
+    def encode_and_show_work(self, text: str) -> dict[str, Any]:
+        """Encodes, and keeps the words in "tokens", their steps in "parts", all in "bpe_idx"."""
+        parts = []
+        for word in WORD.findall(_join_surrogates(text)):
+            part: dict[str, Any] = {"token": word, "token_bytes": word.encode("utf-8")}
+            part["token_translated"] = self._spell(word)
+            part["token_merged"] = self._merge(part["token_translated"])
+            part["token_ix"] = list(self._encode_word(word))
+            parts.append(part)
+        words = [part["token"] for part in parts]
+        return {"bpe_idx": self.encode(text), "tokens": words, "parts": parts}
 
-    def decode_stream(self, tokens) -> Iterator[str]:
-        """Decodes tokens as they come (numbers, or tensors of one number as GPT.stream's), whole characters only."""
+    def decode(self, tokens: Iterable) -> str:
+        """Turns a row of tokens (list, array, tensor) into text; broken characters are U+FFFD."""
+        numbers = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+        return self._bytes_of(numbers).decode("utf-8", errors="replace")
+
+    def decode_stream(self, tokens: Iterable) -> Iterator[str]:
+        """Yields the text of each token as it comes, a number or a tensor of one number.
+
+        A token that ends within a character yields nothing of it; the next one yields it whole.
+        """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in tokens: # one that ends within a character adds nothing yet
-            yield decoder.decode(self._bytes_of([token.item() if hasattr(token, "item") else token])[0])
+        for token in tokens:
+            number = token.item() if hasattr(token, "item") else token
+            yield decoder.decode(self._bytes_of([number]))
         yield decoder.decode(b"", final=True)
 
-    def _bytes_of(self, tokens) -> list[bytes]:
-        numbers = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+    def _bytes_of(self, numbers: Iterable[int]) -> bytes:
         try:
-            return [self.token_bytes[number] for number in numbers]
+            return b"".join([self.token_bytes[number] for number in numbers])
         except (KeyError, TypeError) as error:
-            got = error.args[0] if isinstance(error, KeyError) else tokens
-            raise ValueError(f"got {got!r} to decode, expected a row of tokens from 0 to {max(self.decoder)}") from None
+            expected = f"a row of tokens from 0 to {max(self.decoder)}"
+            raise ValueError(f"got {error} to decode, expected {expected}") from None
+
+
+class TokenCache(dict):
+    """Keeps the tokens of the pieces met so far, in bounded memory.
+
+    A dict calls __missing__ for a new key, so a known piece costs one look-up.
+    """
+
+    def __init__(self, encode_word: Callable[[str], tuple[int, ...]]):
+        self.encode_word = encode_word
+        self.size = 0
+
+    def __missing__(self, piece: str) -> tuple[int, ...]:
+        words = WORD.findall(piece)
+        single = len(words) == 1
+        tokens = self.encode_word(piece) if single else tuple(chain(*map(self.__getitem__, words)))
+
+        # An entry takes about 250 bytes, and more for each character and token.
+        self.size += 250 + 4 * len(piece) + 8 * len(tokens)
+        if self.size < CACHE_BYTES:
+            self[piece] = tokens
+        else:
+            # The frequent pieces are soon back.
+            self.clear()
+            self.size = 0
+        return tokens
+
 
 def _join_surrogates(text: str) -> str:
-    """The same text, but two halves of a surrogate pair become one character and a single half becomes U+FFFD."""
+    """Joins two halves of a surrogate pair to a character; a single half becomes U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-SOURCE = "https://openaipublic.blob.core.windows.net/gpt-2/models/124M/"
 
 def _read(name: str, sha256: str) -> str:
-    """A vocabulary file, from $MINGPT_CACHE or ~/.cache/mingpt; it is downloaded if it is missing or damaged there."""
+    """Reads a file of GPT-2's vocabulary from $MINGPT_CACHE or ~/.cache/mingpt.
+
+    Downloads it if it is missing or damaged there. OSError or ValueError if that fails.
+    """
     path = Path(os.environ.get("MINGPT_CACHE") or Path.home() / ".cache" / "mingpt") / name
     content = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(content).hexdigest() != sha256:
-        import requests # here, as only the first call needs it
-        remedy = f"Get {SOURCE}{name} in another way, and put it at {path}"
-        try:
-            response = requests.get(SOURCE + name, timeout=30) # seconds without an answer
-            response.raise_for_status()
-        except requests.RequestException as error:
-            raise OSError(f"{path} is missing or damaged, and the download failed: {error}. {remedy}") from error
+    if hashlib.sha256(content).hexdigest() == sha256:
+        return content.decode("utf-8")
+
+    import requests
+
+    remedy = f"Get {SOURCE}{name} in another way, and put it at {path}"
+    try:
+        response = requests.get(SOURCE + name, timeout=30)
+        response.raise_for_status()
         content = response.content
-        if (got := hashlib.sha256(content).hexdigest()) != sha256:
-            raise ValueError(f"{SOURCE}{name} has the wrong contents: sha256 {got}, expected {sha256}. {remedy}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder: # others may download the same file now
-            (Path(folder) / name).write_bytes(content)
-            os.replace(Path(folder) / name, path) # so `path` is never half a file
+    except requests.RequestException as error:
+        reason = f"{path} is missing or damaged, and the download failed: {error}"
+        raise OSError(f"{reason}. {remedy}") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{SOURCE}{name} is not the file that has sha256 {sha256}. {remedy}")
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # It is written beside and renamed, so path is never half a file.
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        Path(folder, name).write_bytes(content)
+        os.replace(Path(folder, name), path)
     return content.decode("utf-8")
 
+
 def get_encoder() -> Encoder:
-    """GPT-2's own encoder, of 50,257 tokens. OSError or ValueError if its two files are neither here nor to be had."""
-    vocabulary = _read("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783")
+    """Makes GPT-2's own encoder, of 50,257 tokens. For the errors, see _read."""
+    vocabulary = json.loads(
+        _read("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783")
+    )
     merges = _read("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")
-    return Encoder(json.loads(vocabulary), [(left, right) for left, right in map(str.split, merges.splitlines()[1:])])
+    encoder = Encoder(vocabulary, map(str.split, merges.splitlines()[1:]))
+    # The merges of GPT-2 reach each of its tokens (a test tries them all), so a
+    # word that is a token needs no merging. Not every vocabulary is like that.
+    encoder.whole_words = dict(vocabulary)
+    return encoder
+
 
 class BPETokenizer:
-    """The encoder with tensors around it: tokenizer(text) -> (1, T), tokenizer.decode(a row of it) -> text."""
+    """Puts tensors around the encoder: tokenizer(text) -> (1, T), decode(a row of it) -> text."""
 
     def __init__(self):
         self.encoder = get_encoder()
 
     def __call__(self, text: str, return_tensors: str = "pt") -> "torch.Tensor":
         import torch
+
         if return_tensors != "pt" or not isinstance(text, str):
-            raise ValueError(f"got {text!r} and return_tensors={return_tensors!r}, expected one string and 'pt'")
-        return torch.tensor([self.encoder.encode(text)], dtype=torch.long) # (1, T)
+            raise ValueError(f"got {text!r} and {return_tensors!r}, expected a string and 'pt'")
+        return torch.tensor([self.encoder.encode(text)], dtype=torch.long)  # (1, T)
 
     def decode(self, idx: "torch.Tensor") -> str:
         return self.encoder.decode(idx)
 
+
+def show(text: str) -> None:
+    """Prints the words of a text, the merges of each by rank, and its tokens."""
+    encoder = get_encoder()
+    row = "{:14} {:>6}  {}".format
+    print("The merge with the lowest rank goes first.\n")
+    print(row("word", "rank", "symbols"))
+    for part in encoder.encode_and_show_work(text)["parts"]:
+        print(row(repr(part["token"]), "", " ".join(part["token_translated"])))
+        for rank, symbols in encoder.merge_steps(part["token_translated"]):
+            print(row("", rank, " ".join(symbols)))
+        print(row("", "tokens", " ".join(map(str, part["token_ix"]))))
+
+
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace") # type: ignore[union-attr] # '?' for what the terminal cannot show
+    # A terminal may lack a character; it shows "?" instead.
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        work = get_encoder().encode_and_show_work("Hello!! I'm Andrej Karpathy. It's 2022. w00t :D \U0001f917")
-    except (OSError, ValueError) as error: # no vocabulary
+        show(" ".join(sys.argv[1:]) or "Hello!! I'm Andrej Karpathy. It's 2022. w00t :D \U0001f917")
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    for word, part in zip(work["tokens"], work["parts"]):
-        print(f"{word!r:12} {part['token_translated']:14} {' + '.join(part['token_merged']):22} {part['token_ix']}")
-    print("all together:", work["bpe_idx"])
