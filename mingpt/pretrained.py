@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from mingpt.bpe import Encoder, bytes_to_unicode, get_encoder
+from mingpt.bpe import Encoder, get_encoder
 from mingpt.utils import logger, replacing
 
 INSTALL = ("pip install huggingface_hub safetensors "
@@ -259,18 +259,11 @@ def load_encoder(name: str | Path, vocab_size: int) -> Encoder:
                          "tokenizer.json there, or its vocab.json and merges.txt")
     try:
         vocabulary, merges, added = read(path)
-        pairs = [(left, right) for left, right in merges]
-        # A token is written with the text that it stands for, and added ones are not.
-        words = {token: number for token, number in vocabulary.items()
-                 if token not in added or token == "<|endoftext|>"}
-        missing = {*bytes_to_unicode().values(), *map("".join, pairs)} - words.keys()
-        if missing:
-            raise ValueError(f"the token {min(missing)!r} is missing")
-        for token, number in (words | added).items():
+        for token, number in (vocabulary | added).items():
             if type(number) is not int or not 0 <= number < vocab_size:
                 raise ValueError(f"{token!r} has the number {reprlib.repr(number)}, "
                                  f"but the model has {vocab_size} rows")
-        return Encoder(words, pairs, special_tokens=added)
+        return Encoder(vocabulary, [(left, right) for left, right in merges], added)
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} holds no vocabulary for this model: {error}") from None
 
@@ -309,8 +302,9 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> None:
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [" ".join(pair) for pair in encoder.bpe_ranks]
+    # Everybody knows <|endoftext|>, and it may not be added twice.
     added = {token: number for token, number in encoder.special_tokens.items()
-             if token not in encoder.encoder}
+             if token != "<|endoftext|>" or token not in encoder.encoder}
     texts = {
         "vocab.json": json.dumps(encoder.encoder),
         "merges.txt": "\n".join(["#version: 0.2", *pairs]) + "\n",

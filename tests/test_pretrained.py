@@ -1,411 +1,613 @@
-"""Weights in and out: against transformers, from files of every kind, good and bad, and from a hub on this machine."""
+"""
+Models and vocabularies in and out: folders of every form, good and bad, and a hub on this machine.
 
+    python -m unittest tests/test_pretrained.py
+"""
+
+import functools
 import hashlib
 import http.server
 import json
 import os
 import pickle
+import re
 import sys
 import threading
 import unittest
 from pathlib import Path
 from unittest import mock
 
-import requests
 import torch
-import transformers
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from torch import nn
 
-from common import Folder, get_encoder, run_python, tiny_config, tiny_gpt
-from mingpt.model import GPT
-from mingpt.utils import set_seed
+from common import Folder, get_encoder, run_python, tiny_gpt, vocabulary_folder
+from mingpt.bpe import Encoder, bytes_to_unicode
+from mingpt.model import GPT, Block
+from mingpt.pretrained import load_encoder, save_encoder
+from numpy_gpt import compute_logits, openai_layout
 
-transformers.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
+WTE = "transformer.wte.weight"
+FORMS = ("safetensors", "sharded safetensors", "bin", "sharded bin", "base", "old")
 
-def theirs(cls=GPT2LMHeadModel, **changes):
-    """A random GPT-2 of transformers, large enough in its weights that its tokens vary."""
-    settings = dict(vocab_size=61, n_positions=70, n_embd=24, n_layer=2, n_head=3, bos_token_id=None, eos_token_id=None)
-    model = cls(GPT2Config(**settings | changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += torch.randn_like(parameter) * 0.15
-    return model
 
-def save_as(model, folder: Path, form: str) -> None:
-    """Saves a model of transformers in one of the forms that are found on the hub."""
-    if form == "safetensors":
-        model.save_pretrained(folder)
-    elif form == "sharded safetensors":
-        model.save_pretrained(folder, max_shard_size="20KB")
-    else:
-        model.config.save_pretrained(folder)
-        state = model.state_dict()
-        if "lm_head.weight" in state and model.config.tie_word_embeddings and form != "bin with head":
-            del state["lm_head.weight"]
-        if form == "bin of old": # with the masks that transformers once kept in its files, in the format before zip
-            for layer in range(model.config.n_layer):
-                prefix = next(key for key in state if key.endswith("h.0.ln_1.weight")).removesuffix("0.ln_1.weight")
-                state[f"{prefix}{layer}.attn.bias"] = torch.ones(1, 1, 70, 70).tril().bool()
-                state[f"{prefix}{layer}.attn.masked_bias"] = torch.tensor(-1e4)
-            torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-        elif form == "sharded bin":
-            names, index = sorted(state), {}
-            for i in range(3):
-                file = f"pytorch_model-{i + 1:05d}-of-00003.bin"
-                index |= {name: file for name in names[i::3]}
-                torch.save({name: state[name] for name in names[i::3]}, folder / file)
-            (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-        else:
-            torch.save(state, folder / "pytorch_model.bin")
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, content) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def hub_weights(model: GPT) -> dict:
+    """The weights of a model as GPT2LMHeadModel names and stores them; a tied head is not stored."""
+    arrays = openai_layout(model)
+    if model.is_tied:
+        del arrays["lm_head.weight"]
+    return {name if name.startswith("lm_head") else f"transformer.{name}":
+            torch.tensor(array, dtype=torch.float32).contiguous() for name, array in arrays.items()}
+
+
+def write_folder(folder: Path, model: GPT, form: str = "bin", **changes) -> None:
+    """Writes a folder of the GPT-2 type in a form that is found on the hub."""
+    folder.mkdir(parents=True, exist_ok=True)
+    c = model.config
+    write_json(folder / "config.json", dict(
+        model_type="gpt2", vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer,
+        n_head=c.n_head, n_embd=c.n_embd, tie_word_embeddings=model.is_tied) | changes)
+    weights = hub_weights(model)
+    kind = "safetensors" if "safetensors" in form else "bin"
+    save = save_file if kind == "safetensors" else torch.save
+    name = "model" if kind == "safetensors" else "pytorch_model"
+    if form.startswith("sharded"):
+        index = {}
+        for i in range(3):
+            file = f"{name}-{i + 1:05d}-of-00003.{kind}"
+            part = dict(list(weights.items())[i::3])
+            index |= dict.fromkeys(part, file)
+            save(part, folder / file)
+        write_json(folder / f"{name}.{kind}.index.json", {"weight_map": index})
+        return
+    if form == "base":
+        # GPT2Model has no head, and OpenAI's names no prefix.
+        weights = {key.removeprefix("transformer."): w for key, w in weights.items()}
+    if form == "old":
+        # In the format before zip, with the masks that old transformers stored.
+        for layer in range(c.n_layer):
+            weights[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 8, 8).bool()
+            weights[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+        save = functools.partial(torch.save, _use_new_zipfile_serialization=False)
+    save(weights, folder / f"{name}.{kind}")
+
 
 class Seeded(Folder):
     def setUp(self):
         super().setUp()
-        set_seed(1)
+        torch.manual_seed(1)
 
 
-class FromTransformers(Seeded):
-    def check(self, model, form):
-        save_as(model, self.folder, form)
-        ours = GPT.from_pretrained(str(self.folder))
-        idx = torch.randint(model.config.vocab_size, (2, 12))
-        headed = model
-        if isinstance(model, GPT2Model):
-            headed = GPT2LMHeadModel(model.config).eval()
-            headed.transformer.load_state_dict(model.state_dict())
+class Loading(Seeded):
+    def load(self, cls=GPT, name="") -> GPT:
+        return cls.from_pretrained(self.folder / name)
+
+    def check(self, model: GPT, loaded: GPT) -> None:
+        """The logits are those of GPT-2's formula in NumPy."""
+        idx = torch.randint(11, (8,))
+        expected = torch.tensor(compute_logits(openai_layout(model), idx, model.config.n_head))
         with torch.no_grad():
-            torch.testing.assert_close(ours(idx)[0], headed(idx).logits, atol=1e-4, rtol=0)
-        mask = torch.ones_like(idx)
-        greedy = headed.generate(idx, attention_mask=mask, max_new_tokens=50, do_sample=False, pad_token_id=0)
-        self.assertEqual(ours.generate(idx, 50).tolist(), greedy.tolist())
-        self.assertFalse(ours.training)
-        self.assertEqual(ours.lm_head.weight is ours.transformer.wte.weight, headed.config.tie_word_embeddings)
+            logits = loaded(idx[None])[0][0].double()
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        self.assertFalse(loaded.training)
 
-    def test_safetensors(self):
-        self.check(theirs(), "safetensors")
+    def test_every_form_of_weights(self):
+        for form in FORMS:
+            for tied in (True, False):
+                with self.subTest(form, tied=tied):
+                    model = tiny_gpt(tie_weights=tied)
+                    write_folder(self.folder / form / str(tied), model, form)
+                    loaded = self.load(name=f"{form}/{tied}")
+                    self.check(model, loaded)
+                    self.assertEqual(loaded.is_tied, tied)
 
-    def test_safetensors_in_shards(self):
-        self.check(theirs(n_layer=3), "sharded safetensors")
-        self.assertGreater(len(list(self.folder.glob("*.safetensors"))), 2)
+    def test_the_head_decides_whether_the_model_is_tied(self):
+        model = tiny_gpt(tie_weights=True)
+        own = tiny_gpt()
+        # What config.json says, the model whose weights are stored, whether it is tied then.
+        for said, stored, tied in ((True, own, False), (False, own, False), (False, model, True)):
+            write_folder(self.folder, stored, tie_word_embeddings=said)
+            with self.subTest(said=said, tied=tied), self.assertLogs("mingpt") as log:
+                loaded = self.load()
+            self.check(stored, loaded)
+            self.assertEqual((loaded.is_tied, loaded.config.tie_weights), (tied, tied))
+            self.assertEqual("no longer tied" in str(log.output), said and not tied)
+        # A stored head that equals the embedding stays tied.
+        weights = hub_weights(model)
+        write_folder(self.folder, model)
+        weights["lm_head.weight"] = weights[WTE].clone()
+        torch.save(weights, self.folder / "pytorch_model.bin")
+        self.assertTrue(self.load().is_tied)
 
-    def test_bin(self):
-        self.check(theirs(n_embd=40, n_head=5), "bin")
+    def test_activations(self):
+        model = tiny_gpt()
+        for name, exact in (("gelu_new", False), ("gelu_pytorch_tanh", False), ("gelu_fast", False),
+                            ("gelu", True)):
+            write_folder(self.folder, model, activation_function=name)
+            loaded = self.load()
+            self.assertEqual([type(block.mlp.act) is nn.GELU for block in loaded.transformer.h],
+                             [exact, exact])
+            if not exact:
+                self.check(model, loaded)
 
-    def test_bin_in_shards(self):
-        self.check(theirs(), "sharded bin")
+    def test_a_subclass(self):
+        class Sub(GPT):
+            def __init__(self, config):
+                super().__init__(config)
+                self.register_buffer("places", torch.arange(3), persistent=False)
+        write_folder(self.folder, tiny_gpt())
+        loaded = self.load(Sub)
+        self.assertIs(type(loaded), Sub)
+        self.assertEqual(loaded.places.tolist(), [0, 1, 2])
 
-    def test_bin_with_the_tied_head_in_it(self):
-        self.check(theirs(n_layer=1), "bin with head")
-
-    def test_bin_with_masks_in_the_old_format(self):
-        self.check(theirs(), "bin of old")
-
-    def test_exact_gelu(self):
-        self.check(theirs(activation_function="gelu"), "safetensors")
-
-    def test_other_names_of_the_tanh_form(self):
-        self.check(theirs(activation_function="gelu_pytorch_tanh"), "bin")
-
-    def test_separate_head(self):
-        self.check(theirs(tie_word_embeddings=False), "safetensors")
-
-    def test_separate_head_in_a_bin(self):
-        self.check(theirs(tie_word_embeddings=False, activation_function="gelu"), "bin")
-
-    def test_base_model_without_head_and_prefix(self):
-        for form in ("safetensors", "bin"):
-            self.check(theirs(GPT2Model), form)
-            for file in self.folder.iterdir():
-                file.unlink()
-
-    def test_half_precision_stays(self):
-        theirs().half().save_pretrained(self.folder)
-        self.assertEqual(GPT.from_pretrained(str(self.folder)).lm_head.weight.dtype, torch.float16)
-
-    def test_it_can_be_trained(self):
-        save_as(theirs(), self.folder, "bin")
+    def test_it_is_trained_without_a_change_to_its_file(self):
+        write_folder(self.folder, tiny_gpt(tie_weights=True))
         before = (self.folder / "pytorch_model.bin").read_bytes()
-        model = GPT.from_pretrained(str(self.folder)).train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        idx = torch.randint(61, (4, 20))
+        state = torch.get_rng_state()
+        model = self.load().train()
+        # No fresh weights were drawn, so the caller's seed counts.
+        self.assertTrue(torch.equal(torch.get_rng_state(), state))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        idx = torch.randint(11, (4, 8))
         losses = []
-        for _ in range(10):
-            loss = model(idx[:, :-1], idx[:, 1:])[1]
+        for _ in range(5):
+            loss = model(idx, idx)[1]
             losses.append(loss.item())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         self.assertLess(losses[-1], losses[0])
+        self.assertTrue(model.is_tied)
         self.assertEqual((self.folder / "pytorch_model.bin").read_bytes(), before)
 
-    def test_no_random_number_is_drawn(self):
-        save_as(theirs(), self.folder, "bin")
-        state = torch.get_rng_state()
-        GPT.from_pretrained(str(self.folder))
-        self.assertTrue(torch.equal(torch.get_rng_state(), state))
+    def test_precision_and_end_token_are_kept(self):
+        for eos in (7, None):
+            write_folder(self.folder, tiny_gpt(), eos_token_id=eos)
+            model = self.load().half()
+            model.save_pretrained(self.folder)
+            again = self.load()
+            self.assertEqual(again.lm_head.weight.dtype, torch.float16)
+            self.assertEqual(again.config.eos_token_id, eos)
+            self.assertEqual(read_json(self.folder / "config.json")["eos_token_id"], eos)
+
+    def test_safetensors_are_preferred_and_home_is_known(self):
+        write_folder(self.folder, tiny_gpt(), "safetensors")
+        (self.folder / "pytorch_model.bin").write_bytes(b"not read")
+        with mock.patch.dict(os.environ, HOME=str(self.folder), USERPROFILE=str(self.folder)):
+            self.assertEqual(GPT.from_pretrained("~/").config.vocab_size, 11)
 
     @unittest.skipUnless(sys.platform == "linux", "resource counts in other units elsewhere")
-    def test_memory_stays_near_the_size_of_the_weights(self):
-        config = tiny_config(n_layer=8, n_embd=512, n_head=8, vocab_size=8000) # 117 MB
-        model = GPT(config)
+    def test_it_is_quick_and_takes_little_memory(self):
+        model = tiny_gpt(n_layer=8, n_embd=512, n_head=8, vocab_size=8000, tie_weights=True)
         size = sum(p.numel() for p in model.parameters()) * 4
         script = """
 import resource, sys
-from mingpt.model import GPT
+import mingpt.bpe, mingpt.model
+heavy = ("transformers", "safetensors", "huggingface_hub", "sympy", "torch._dynamo")
+print(*[name for name in heavy if name in sys.modules])
 import safetensors.torch, torch
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 torch.ones(64, 64) @ torch.ones(64, 64)
-before = peak()
-model = GPT.from_pretrained(sys.argv[1])
-print(peak() - before)
-model(torch.arange(8)[None])
-for parameter in model.parameters():
-    parameter.sum()
-print(peak() - before)
+for folder in sys.argv[1:]:
+    before = peak()
+    model = mingpt.model.GPT.from_pretrained(folder)
+    loaded = peak() - before
+    total = sum(parameter.sum() for parameter in model.parameters())
+    print(loaded, peak() - before, *[name for name in heavy if name in sys.modules])
 """
-        for kind in ("model.safetensors", "pytorch_model.bin"):
-            with self.subTest(kind):
-                without = {"safetensors.torch": None} if kind == "pytorch_model.bin" else {}
-                with mock.patch.dict(sys.modules, without):
-                    model.save_pretrained(self.folder / kind)
-                self.assertTrue((self.folder / kind / kind).is_file())
-                loaded, used = map(int, run_python("-c", script, self.folder / kind).stdout.split()[-2:])
-                self.assertLess(loaded, 0.2 * size)
-                self.assertLess(used, 1.2 * size)
+        for form in ("safetensors", "bin"):
+            write_folder(self.folder / form, model, form)
+        result = run_python("-c", script, self.folder / "safetensors", self.folder / "bin")
+        lines = [line for line in result.stdout.splitlines() if "parameters" not in line]
+        self.assertEqual(lines[0], "")
+        for line in lines[1:]:
+            loaded, used, *heavy = line.split()
+            self.assertLess(int(loaded), 0.2 * size)
+            self.assertLess(int(used), 1.2 * size)
+            self.assertEqual(heavy, ["safetensors"])
 
-    def test_its_own_end_token_is_kept(self):
-        for changes, eos in ((dict(eos_token_id=7, bos_token_id=3), 7), (dict(), None)):
-            theirs(**changes).save_pretrained(self.folder)
-            model = GPT.from_pretrained(str(self.folder))
-            self.assertEqual(model.config.eos_token_id, eos)
-            model.save_pretrained(self.folder)
-            saved = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-            self.assertEqual((saved["eos_token_id"], saved["bos_token_id"]), (eos, changes.get("bos_token_id")))
-            self.assertEqual(GPT2LMHeadModel.from_pretrained(self.folder).generation_config.eos_token_id, eos)
-
-    def test_safetensors_are_preferred(self):
-        save_as(theirs(), self.folder, "safetensors")
-        (self.folder / "pytorch_model.bin").write_bytes(b"not read")
-        GPT.from_pretrained(str(self.folder))
+    def test_packages_are_named_where_they_are_missing(self):
+        install = r"pip install huggingface_hub safetensors \(a folder needs no huggingface_hub"
+        write_folder(self.folder, tiny_gpt(), "safetensors")
+        without = {"safetensors.torch": None, "huggingface_hub": None}
+        with mock.patch.dict(sys.modules, without):
+            with self.assertRaisesRegex(ImportError, "model.safetensors: " + install):
+                self.load()
+            with self.assertRaisesRegex(ImportError, "no folder 'owner/model'.*" + install):
+                GPT.from_pretrained("owner/model")
+            # To save takes neither.
+            tiny_gpt().save_pretrained(self.folder)
+            self.load()
 
 
 class BadFolders(Seeded):
-    """What is no model is a ValueError in one line that names the file and what is wrong in it."""
+    """A folder that holds no model is refused in one line with the file and the fault."""
 
     def setUp(self):
         super().setUp()
-        theirs().save_pretrained(self.folder)
+        self.model = tiny_gpt(tie_weights=True)
+        write_folder(self.folder, self.model)
         self.config = self.folder / "config.json"
-        self.good = json.loads(self.config.read_text(encoding="utf-8"))
+        self.weights = self.folder / "pytorch_model.bin"
+        self.good = read_json(self.config)
 
-    def refused(self, pattern, error=ValueError):
+    def refused(self, pattern: str, error=ValueError) -> None:
         with self.assertRaisesRegex(error, pattern) as caught:
-            GPT.from_pretrained(str(self.folder))
+            GPT.from_pretrained(self.folder)
         shown = str(caught.exception)
         self.assertNotIn("\n", shown)
-        self.assertNotIn("weights_only", shown) # torch's advice to load the file without its guard
-        self.assertTrue(caught.exception.__suppress_context__ or caught.exception.__context__ is None)
-
-    def use_bin(self, content, **options):
-        (self.folder / "model.safetensors").unlink(missing_ok=True)
-        torch.save(content, self.folder / "pytorch_model.bin", **options)
+        # Torch's text advises to load the file without its guard.
+        self.assertNotIn("weights_only", shown)
 
     def test_fields(self):
-        sizes, nan = ("n_head", "n_layer", "n_embd", "vocab_size", "n_positions"), float("nan")
-        impossible = {size: (0, -2, "2", True, 8.5, None, [], {}, nan) for size in sizes}
-        shares = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
-        impossible |= {share: (5, -0.1, nan, "0.1", None, True) for share in shares}
+        nan = float("nan")
+        sizes = ("n_head", "n_layer", "n_embd", "vocab_size", "n_positions")
+        impossible = {size: [0, -2, "2", True, 8.5, None, [], {}, nan] for size in sizes}
+        for share in ("embd_pdrop", "resid_pdrop", "attn_pdrop"):
+            impossible[share] = [5, -0.1, nan, "0.1", None, True]
+        impossible["n_head"].append(5)
+        impossible["n_layer"] += [3, 20000, 10**30]
         impossible |= dict(
-            activation_function=("relu", ["gelu"], None), add_cross_attention=(True,), scale_attn_weights=(False,),
-            scale_attn_by_inverse_layer_idx=(True,), layer_norm_epsilon=(1e-6,), model_type=("bert", {}),
-            tie_word_embeddings=("yes", None))
-        impossible["n_head"] += (5,)
-        impossible["n_layer"] += (20000, 10 ** 30)
+            activation_function=["relu", ["gelu"], None], add_cross_attention=[True],
+            scale_attn_weights=[False], scale_attn_by_inverse_layer_idx=[True],
+            layer_norm_epsilon=[1e-6], model_type=["bert", {}], tie_word_embeddings=["yes", None])
         for field, values in impossible.items():
-            named = "block_size" if field == "n_positions" else field # its name here
-            without = {key: value for key, value in self.good.items() if key != field}
-            for config in (*(self.good | {field: value} for value in values), *[without] * (field in sizes)):
-                self.config.write_text(json.dumps(config), encoding="utf-8")
-                with self.subTest(field=field, value=config.get(field, "none")):
+            named = "block_size" if field == "n_positions" else field
+            for value in values:
+                write_json(self.config, self.good | {field: value})
+                with self.subTest(field=field, value=value):
                     self.refused(rf"config\.json.*{named}")
-
-    def test_sizes_that_are_not_those_of_the_weights(self):
-        for changes, name in (
-                (dict(n_layer=3), "n_layer"), (dict(n_layer=1), "n_layer"), (dict(n_positions=9), "wpe.weight"),
-                (dict(n_embd=48), "wte"), (dict(n_embd=3 * 10 ** 9), "make"), (dict(vocab_size=10 ** 15), "wte")):
-            self.config.write_text(json.dumps(self.good | changes), encoding="utf-8")
-            with self.subTest(changes):
-                self.refused(name)
+        for field in sizes:
+            write_json(self.config, {k: v for k, v in self.good.items() if k != field})
+            self.refused(r"config\.json")
+        for changes, named in ((dict(n_positions=9), "wpe.weight"), (dict(n_embd=48), "wte"),
+                               (dict(n_embd=3 * 10**9), "make"), (dict(vocab_size=10**15), "make")):
+            write_json(self.config, self.good | changes)
+            self.refused(named)
 
     def test_config_json_is_none(self):
-        deep, long = b'{"n_layer":' * 50_000 + b"1" + b"}" * 50_000, b'{"n_layer": ' + b"9" * 5000 + b"}"
-        for content in (b"", b"[]", b"null", b"{", b"\xff\xfe\xff", b'{"n_layer": "\xe9"}', b"[" * 50_000, deep, long):
+        deep = b'{"n_layer":' * 50_000 + b"1" + b"}" * 50_000
+        long = b'{"n_layer": ' + b"9" * 5000 + b"}"
+        for content in (b"", b"[]", b"null", b"{", b"\xff\xfe\xff", b'{"a": "\xe9"}', deep, long):
             self.config.write_bytes(content)
             with self.subTest(content[:20]):
                 self.refused(r"config\.json holds no JSON object")
 
     def test_tensors(self):
-        state = theirs().state_dict()
-        wte, layer = "transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight"
-        cases = [(content, "pytorch_model.bin") for content in ([1, 2], None, 3, torch.ones(3), [("a", 1)])]
+        state = hub_weights(self.model)
+        layer = "transformer.h.1.mlp.c_fc.weight"
+        cases = [(content, "pytorch_model.bin") for content in ([1, 2], None, 3, [("a", 1)])]
         cases += [
             ({}, "n_layer"),
-            ({"model": state}, "OrderedDict as 'model'"),
+            ({"model": state}, "dict as 'model'"),
             (state | {0: torch.ones(2)}, "as 0"),
-            (state | {wte: None}, "NoneType as .*wte"),
-            (state | {wte: state[wte][None]}, wte),
+            (state | {WTE: None}, "NoneType as .*wte"),
+            (state | {WTE: state[WTE][None]}, WTE),
             (state | {layer: state[layer][None]}, layer),
             (state | {layer: state[layer].int()}, "torch.int32 as .*c_fc"),
             (state | {"transformer.other": torch.ones(2)}, "transformer.other"),
-            (state | {"wte.weight": state[wte]}, '"wte.weight"'),
+            (state | {"wte.weight": state[WTE]}, '"wte.weight"'),
             ({key: value for key, value in state.items() if key != layer}, layer),
-            ({key: value for key, value in state.items() if key != wte}, wte),
+            ({key: value for key, value in state.items() if key != WTE}, WTE),
         ]
         for content, named in cases:
-            with self.subTest(named=named):
-                self.use_bin(content)
+            with self.subTest(named):
+                torch.save(content, self.weights)
                 self.refused(named)
 
     def test_files_that_hold_no_weights(self):
-        good = (self.folder / "model.safetensors").read_bytes()
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            for content in (b"", b"<html>", good[:100], b"\xff" * 1000, good[:-100], b"PK\x03\x04" + b"\0" * 100):
+        good = self.weights.read_bytes()
+        for name in ("pytorch_model.bin", "model.safetensors"):
+            for content in (b"", b"<html>", good[:100], b"\xff" * 1000, good[:-100],
+                            b"PK\x03\x04" + b"\0" * 100):
                 (self.folder / name).write_bytes(content)
-                with self.subTest(name=name, content=content[:10]):
+                with self.subTest(name, content=content[:10]):
                     self.refused(f"{name} cannot be read as weights")
-            (self.folder / name).unlink()
 
     def test_a_malicious_pickle_is_refused(self):
+        folder = self.folder
+
         class Malicious:
             def __reduce__(self):
                 return os.system, (f"touch {folder}/owned",)
-        folder = self.folder
-        for legacy in (True, False):
-            self.use_bin({"wte.weight": Malicious()}, _use_new_zipfile_serialization=not legacy)
-            self.refused("cannot be read as weights")
-        (self.folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(), protocol=2))
-        self.refused("cannot be read as weights")
-        self.assertFalse((self.folder / "owned").exists())
 
-    def test_an_index(self):
-        (self.folder / "model.safetensors").unlink()
+        for zipped in (True, False):
+            torch.save({"wte": Malicious()}, self.weights, _use_new_zipfile_serialization=zipped)
+            self.refused("cannot be read as weights")
+        self.weights.write_bytes(pickle.dumps(Malicious(), protocol=2))
+        self.refused("cannot be read as weights")
+        self.assertFalse((folder / "owned").exists())
+
+    def test_an_index_names_files_of_its_folder_only(self):
+        self.weights.unlink()
         index = self.folder / "pytorch_model.bin.index.json"
-        bad_maps = [None, ["a.bin"], {"wte.weight": 3}]
-        bad_maps += [{"wte.weight": file} for file in ("../other.bin", "/etc/passwd", "a/b.bin", ".")]
-        for content in ({}, [], *({"weight_map": weight_map} for weight_map in bad_maps)):
-            index.write_text(json.dumps(content), encoding="utf-8")
+        maps = [None, ["a.bin"], {"wte.weight": 3}]
+        maps += [{"wte.weight": file} for file in ("../other.bin", "/etc/passwd", "a/b.bin", ".")]
+        for content in ({}, [], *({"weight_map": weight_map} for weight_map in maps)):
+            write_json(index, content)
             with self.subTest(content):
                 self.refused(r"pytorch_model\.bin\.index\.json")
-        for shard in ("pytorch_model-00001-of-00001.bin", "..", ""):
-            index.write_text(json.dumps({"weight_map": {"wte.weight": shard}}), encoding="utf-8")
+        for file in ("pytorch_model-00001-of-00001.bin", "..", ""):
+            write_json(index, {"weight_map": {"wte.weight": file}})
             self.refused("cannot be read as weights")
 
-    def test_files_that_are_missing(self):
-        (self.folder / "model.safetensors").unlink()
+    def test_missing_files(self):
+        self.weights.unlink()
         self.refused("no weights in .*model.safetensors", FileNotFoundError)
         self.config.unlink()
         self.refused("config.json", FileNotFoundError)
 
-    def test_a_name_that_is_no_folder(self):
-        (self.folder / "empty").mkdir() # the checkout may have a folder out
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.folder / "empty")
-        for name in ("", "nothing", "./out", "../model", "~/model", "/nowhere/model", "a/b/c", "out\\model", "a/..",
-                     "owner/model\n", "out/", "a\0/b", "x" * 5000, str(self.config), "tests/common.py"):
-            with self.subTest(name), mock.patch("os.path.exists", lambda path: path == "tests/common.py"):
-                with self.assertRaisesRegex(FileNotFoundError, "there is no folder"):
-                    GPT.from_pretrained(name)
+    def test_names_that_are_no_folder_and_cannot_leave_the_cache(self):
+        for name in ("", "nothing", "./out", "../model", "~/nowhere/x", "/nowhere/model", "a/b/c",
+                     "out\\model", "a/..", "../x/..", "owner/.git", "owner/model\n", "out/",
+                     "a\0/b", "x" * 5000, str(self.config)):
+            with self.subTest(name), mock.patch("huggingface_hub.snapshot_download") as fetch:
+                for load in (GPT.from_pretrained, lambda name: load_encoder(name, 50257)):
+                    with self.assertRaisesRegex(FileNotFoundError, "there is no folder"):
+                        load(name)
+                fetch.assert_not_called()
 
 
-class SavePretrained(Seeded):
-    def test_transformers_reads_it_and_so_do_we(self):
-        models = {}, dict(tie_weights=False), dict(gelu_approximate="none"), dict(n_layer=3, n_head=4, resid_pdrop=0.0)
-        for i, changes in enumerate(models):
-            for name, without in (("model.safetensors", {}), ("pytorch_model.bin", {"safetensors.torch": None})):
-                with self.subTest(name, **changes):
-                    model, folder = tiny_gpt(vocab_size=31, **changes), self.folder / f"{i}-{name}"
-                    with mock.patch.dict(sys.modules, without):
-                        model.save_pretrained(folder)
-                    self.assertEqual(sorted(path.name for path in folder.iterdir()), ["config.json", name])
-                    other, again = GPT2LMHeadModel.from_pretrained(folder).eval(), GPT.from_pretrained(str(folder))
-                    idx = torch.randint(31, (3, 8))
-                    with torch.no_grad():
-                        torch.testing.assert_close(other(idx).logits, model(idx)[0], atol=1e-5, rtol=0)
-                    self.assertLessEqual(model.config.to_dict().items(), again.config.to_dict().items())
-                    for (key, mine), (_, read) in zip(model.state_dict().items(), again.state_dict().items()):
-                        self.assertTrue(torch.equal(mine, read) and mine.dtype == read.dtype, key)
+class Saving(Seeded):
+    def save(self, model: GPT, form: str = "safetensors") -> tuple[GPT, dict]:
+        """Saves a model and returns what is read back, and config.json."""
+        without = {"safetensors.torch": None} if form == "bin" else {}
+        with mock.patch.dict(sys.modules, without):
+            model.save_pretrained(self.folder)
+        return GPT.from_pretrained(self.folder), read_json(self.folder / "config.json")
 
-    def test_the_end_token_is_that_of_gpt2_only_with_its_vocabulary(self):
-        for vocab_size, eos in ((50257, 50256), (60000, None), (11, None)):
-            tiny_gpt(vocab_size=vocab_size, n_embd=2, n_layer=1).save_pretrained(self.folder)
-            self.assertEqual(GPT2LMHeadModel.from_pretrained(self.folder).generation_config.eos_token_id, eos)
+    def test_the_same_model_comes_back(self):
+        class Sub(GPT):
+            pass
+        exact = tiny_gpt()
+        for block in exact.transformer.h:
+            block.mlp.act = nn.GELU()
+        untied = tiny_gpt(tie_weights=True)
+        untied.lm_head.weight = nn.Parameter(untied.transformer.wte.weight.detach() * 2)
+        # Two parameters on the same memory are not one parameter.
+        shared = tiny_gpt()
+        shared.lm_head.weight = nn.Parameter(shared.transformer.wte.weight.detach())
+        looked_at = tiny_gpt()
+        looked_at.transformer.h[0].attn.bias
+        twice = tiny_gpt()
+        twice.transformer.h[1] = twice.transformer.h[0]
+        models = [tiny_gpt(), tiny_gpt(tie_weights=True), tiny_gpt(n_layer=3, resid_pdrop=0.0),
+                  Sub(tiny_gpt().config).eval(), exact, untied, shared, looked_at, twice]
+        idx = torch.randint(11, (2, 8))
+        for model in models:
+            for form in ("safetensors", "bin"):
+                loaded, config = self.save(model, form)
+                with torch.no_grad():
+                    torch.testing.assert_close(loaded(idx)[0], model(idx)[0])
+                self.assertEqual(loaded.is_tied, model.is_tied)
+                self.assertEqual(config["tie_word_embeddings"], model.is_tied)
+                self.assertEqual(config["activation_function"],
+                                 "gelu" if model is exact else "gelu_new")
+                self.assertEqual(loaded.config.resid_pdrop, model.config.resid_pdrop)
+        for name, tensor in self.save(tiny_gpt().bfloat16())[0].state_dict().items():
+            self.assertEqual(tensor.dtype, torch.bfloat16, name)
 
-    def test_bfloat16_comes_back_bit_for_bit(self):
-        model = tiny_gpt().bfloat16()
-        model.save_pretrained(self.folder)
-        again = GPT.from_pretrained(str(self.folder))
-        for mine, read in zip(model.state_dict().values(), again.state_dict().values()):
-            self.assertTrue(torch.equal(mine, read) and mine.dtype == read.dtype)
-
-    def test_over_the_folder_that_it_came_from(self):
-        tiny_gpt().save_pretrained(self.folder)
-        model = GPT.from_pretrained(str(self.folder))
-        with torch.no_grad():
-            model.transformer.wpe.weight.zero_()
-        model.save_pretrained(self.folder)
-        self.assertEqual(GPT.from_pretrained(str(self.folder)).transformer.wpe.weight.abs().sum().item(), 0)
-        idx = torch.randint(11, (1, 8))
-        torch.testing.assert_close(GPT.from_pretrained(str(self.folder))(idx)[0], model(idx)[0])
+    def test_a_part_that_gpt2_lacks_is_refused_by_name(self):
+        changes = {
+            "transformer.h.1.mlp.act has SiLU": lambda m: setattr(m.transformer.h[1].mlp, "act", nn.SiLU()),
+            "transformer.h.1.mlp.act has GELU": lambda m: setattr(m.transformer.h[1].mlp, "act", nn.GELU()),
+            "transformer.h.0.ln_1 has RMSNorm": lambda m: setattr(m.transformer.h[0], "ln_1", nn.RMSNorm(16)),
+            "transformer.ln_f has .*eps 1e-06": lambda m: setattr(m.transformer.ln_f, "eps", 1e-6),
+            r"lm_head has .*bias \[11\]": lambda m: setattr(m, "lm_head", nn.Linear(16, 11)),
+            r"lm_head has .*\[12, 16\]": lambda m: setattr(m, "lm_head", nn.Linear(16, 12, bias=False)),
+            "extra has Linear": lambda m: setattr(m, "extra", nn.Linear(2, 2)),
+            r"it has scale \[1\]": lambda m: setattr(m, "scale", nn.Parameter(torch.ones(1))),
+            "transformer.h.0.mlp.c_fc has nothing": lambda m: setattr(
+                m.transformer.h[0], "mlp", nn.Sequential(nn.Linear(16, 16), nn.Tanh())),
+            "transformer.h.0.attn has a mask": lambda m: setattr(
+                m.transformer.h[0].attn, "bias", torch.ones(1, 1, 8, 8)),
+            "transformer.h.2 has": lambda m: m.transformer.h.append(Block(m.config)),
+        }
+        for named, change in changes.items():
+            model = tiny_gpt()
+            change(model)
+            with self.subTest(named), self.assertRaisesRegex(ValueError, named):
+                model.save_pretrained(self.folder)
+        self.assertEqual(list(self.folder.iterdir()), [])
 
     def test_in_place_of_an_earlier_model(self):
-        for form in ("safetensors", "sharded safetensors", "bin", "sharded bin"):
-            for name, without in (("model.safetensors", {}), ("pytorch_model.bin", {"safetensors.torch": None})):
+        others = {"tokenizer.json", "model-notes.txt", "my_model.safetensors"}
+        for form in FORMS[:4]:
+            for name in ("model.safetensors", "pytorch_model.bin"):
                 with self.subTest(form, name=name):
-                    folder = self.folder / f"{form} {name}"
-                    folder.mkdir()
-                    save_as(theirs(eos_token_id=5, n_layer=3), folder, form)
-                    (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
-                    for other in ("tokenizer.json", "model-notes.txt", "my_model.safetensors"):
-                        (folder / other).write_text("stays")
-                    model, idx = tiny_gpt(), torch.randint(11, (1, 8))
-                    with mock.patch.dict(sys.modules, without):
-                        model.save_pretrained(folder)
-                    self.assertEqual({path.name for path in folder.iterdir()},
-                                     {"config.json", name, "tokenizer.json", "model-notes.txt", "my_model.safetensors"})
-                    (folder / "tokenizer.json").unlink()
-                    other = GPT2LMHeadModel.from_pretrained(folder).eval()
-                    self.assertIsNone(other.generation_config.eos_token_id)
-                    with torch.no_grad():
-                        torch.testing.assert_close(other(idx).logits, model(idx)[0], atol=1e-5, rtol=0)
-                        torch.testing.assert_close(GPT.from_pretrained(str(folder))(idx)[0], model(idx)[0])
+                    write_folder(self.folder, tiny_gpt(n_layer=3), form)
+                    for other in (*others, "generation_config.json"):
+                        (self.folder / other).write_text("stays")
+                    model = tiny_gpt()
+                    self.save(model, Path(name).suffix[1:])
+                    files = {path.name for path in self.folder.iterdir()}
+                    self.assertEqual(files, {"config.json", name, *others})
 
     def test_a_save_that_fails_changes_nothing(self):
-        save_as(theirs(), self.folder, "sharded bin")
+        write_folder(self.folder, tiny_gpt(), "sharded bin")
         before = {path.name: path.read_bytes() for path in self.folder.iterdir()}
         full = mock.patch("safetensors.torch.save_file", side_effect=OSError("no space left"))
         with full, self.assertRaises(OSError):
             tiny_gpt().save_pretrained(self.folder)
-        self.assertEqual({path.name: path.read_bytes() for path in self.folder.iterdir()}, before)
+        after = {path.name: path.read_bytes() for path in self.folder.iterdir()}
+        self.assertEqual(after, before)
+
+    def test_the_end_token_is_gpt2s_only_with_its_vocabulary(self):
+        for vocab_size, eos in ((50257, 50256), (60000, None), (11, None)):
+            config = self.save(tiny_gpt(vocab_size=vocab_size, n_embd=2, n_layer=1))[1]
+            self.assertEqual((config["eos_token_id"], config["bos_token_id"]), (eos, eos))
+
+
+GERMAN = "Größe und Gewicht: schöne Grüße aus Köln, und 42 weiße Füße.\n" * 5
+KOREAN = "안녕하세요 세계, 이것은 한국어 문장입니다.\n" * 5
+SAMPLE = ("Grüße<|endoftext|> aus <user>Köln: 한국어! <user><sep> it's 2022,\n\n  naïve 世界 🤗<sep>.")
+
+
+def byte_encoder(special_tokens: dict | None = None) -> Encoder:
+    """A vocabulary of the 256 bytes, two merges and <|endoftext|>."""
+    merges = [("l", "i"), ("li", "n")]
+    tokens = [*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"]
+    return Encoder({token: i for i, token in enumerate(tokens)}, merges, special_tokens)
+
+
+class Vocabularies(Seeded):
+    def setUp(self):
+        super().setUp()
+        self.patch(mock.patch.dict(os.environ, MINGPT_CACHE=str(vocabulary_folder())))
+
+    def test_transformers_reads_and_writes_the_same(self):
+        """The one test with transformers: models and tokenizers, there and back."""
+        import transformers
+        from tokenizers import ByteLevelBPETokenizer
+        from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+
+        for tied, activation in ((True, "gelu_new"), (False, "gelu")):
+            config = GPT2Config(vocab_size=61, n_positions=20, n_embd=24, n_layer=2, n_head=3,
+                                tie_word_embeddings=tied, activation_function=activation,
+                                bos_token_id=None, eos_token_id=None, initializer_range=0.2)
+            theirs = GPT2LMHeadModel(config).eval()
+            theirs.save_pretrained(self.folder)
+            ours = GPT.from_pretrained(self.folder)
+            ours.save_pretrained(self.folder)
+            again = GPT2LMHeadModel.from_pretrained(self.folder).eval()
+            idx = torch.randint(61, (2, 20))
+            with torch.no_grad():
+                expected = theirs(idx).logits
+                torch.testing.assert_close(ours(idx)[0], expected, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(again(idx).logits, expected)
+            self.assertEqual(ours.is_tied, tied)
+
+        plain = get_encoder()
+        save_encoder(plain, self.folder / "gpt2")
+        small = ByteLevelBPETokenizer()
+        small.train_from_iterator([GERMAN, KOREAN], vocab_size=340, min_frequency=1,
+                                  special_tokens=["<|endoftext|>", "<pad>"])
+        (self.folder / "small").mkdir()
+        small.save_model(str(self.folder / "small"))
+        write_json(self.folder / "small" / "added_tokens.json", {"<sep>": 340})
+        for name, rows in (("gpt2", 50304), ("small", 384)):
+            tokenizer = GPT2Tokenizer.from_pretrained(self.folder / name)
+            tokenizer.add_special_tokens({"additional_special_tokens": ["<user>"]})
+            tokenizer.add_tokens(["Köln"])
+            # Transformers 5 writes tokenizer.json alone.
+            tokenizer.save_pretrained(self.folder / f"{name} added")
+            content = read_json(self.folder / f"{name} added" / "tokenizer.json")
+            pairs = content["model"]["merges"]
+            content["model"]["merges"] = [" ".join(pair) for pair in pairs]
+            write_folder(self.folder / f"{name} old", tiny_gpt())
+            write_json(self.folder / f"{name} old" / "tokenizer.json", content)
+            first = load_encoder(self.folder / f"{name} added", rows)
+            save_encoder(first, self.folder / f"{name} again")
+            for kind in ("", " added", " old", " again"):
+                folder = self.folder / f"{name}{kind}"
+                write_json(folder / "config.json", {"model_type": "gpt2"})
+                expected = AutoTokenizer.from_pretrained(folder)
+                encoder = load_encoder(folder, rows)
+                for text in (SAMPLE, GERMAN, KOREAN):
+                    tokens = encoder.encode(text, encoder.special_tokens)
+                    with self.subTest(name=name, kind=kind):
+                        self.assertEqual(tokens, expected.encode(text))
+                        self.assertEqual(encoder.decode(tokens), text)
+                self.assertEqual("Köln" in encoder.special_tokens, kind != "")
+        self.assertEqual(load_encoder(self.folder / "gpt2", 50257).encoder, plain.encoder)
+
+    def test_a_saved_vocabulary_replaces_the_earlier_one(self):
+        (self.folder / "tokenizer.json").write_text("of an earlier model")
+        save_encoder(byte_encoder({"<user>": 259}), self.folder)
+        encoder = load_encoder(self.folder, 260)
+        self.assertEqual(encoder.encode("lin<user>", "<user>"), [257, 259])
+        self.assertEqual(encoder.encode("<user>"), byte_encoder().encode("<user>"))
+        self.assertEqual(encoder.decode([259, 258]), "<user><|endoftext|>")
+        self.assertEqual(encoder.eot_token, 258)
+        save_encoder(byte_encoder(), self.folder)
+        self.assertEqual(list(load_encoder(self.folder, 259).special_tokens), ["<|endoftext|>"])
+
+    def refused(self, pattern: str, rows: int = 300) -> None:
+        with self.assertRaisesRegex(ValueError, pattern) as caught:
+            load_encoder(self.folder, rows)
+        self.assertNotIn("\n", str(caught.exception))
+
+    def test_openais_vocabulary_is_for_models_of_its_size_without_another(self):
+        self.assertEqual(load_encoder(self.folder, 50257).encoder, get_encoder().encoder)
+        self.refused("no vocabulary of the model in .*; put its tokenizer.json there", 50304)
+        self.refused("put its tokenizer.json there", 257)
+        for name in ("spiece.model", "vocab.txt", "tokenizer.model", "vocab.json", "merges.txt"):
+            (self.folder / name).write_text("of another kind")
+            with self.subTest(name):
+                self.refused("put its tokenizer.json there", 50257)
+            (self.folder / name).unlink()
+
+    def test_other_tokenizers_are_refused_in_one_line(self):
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+        bpe = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+        good = {"normalizer": None, "pre_tokenizer": byte_level, "model": bpe}
+        path = self.folder / "tokenizer.json"
+        write_json(path, good)
+        self.assertEqual(load_encoder(self.folder, 3).encode("abba"), [2, 1, 0])
+        for part, changes, named in (
+                ("normalizer", {"type": "NFC"}, "normalizer.type = 'NFC'"),
+                ("pre_tokenizer", None, "pre_tokenizer.type = None"),
+                ("pre_tokenizer", {"type": "Metaspace"}, "pre_tokenizer.type = 'Metaspace'"),
+                ("pre_tokenizer", {"add_prefix_space": True}, "add_prefix_space = True"),
+                ("pre_tokenizer", {"use_regex": False}, "use_regex = False"),
+                ("pre_tokenizer", {"type": "Sequence", "pretokenizers": []}, "'Sequence'"),
+                ("model", {"type": "Unigram"}, "model.type = 'Unigram'"),
+                ("model", {"byte_fallback": True}, "byte_fallback = True"),
+                ("model", {"end_of_word_suffix": "</w>"}, "end_of_word_suffix = '</w>'"),
+                ("model", {"vocab": {"a": 3}}, "'a' has the number 3, but the model has 3 rows"),
+                ("model", {"vocab": {"a": -1}}, "the number -1"),
+                ("model", {"vocab": {"a": "x"}}, "the number 'x'"),
+                ("model", {"vocab": ["a"]}, "holds no vocabulary"),
+                ("model", {"vocab": None}, "holds no vocabulary"),
+                ("model", {"merges": [["a", "b", "c"]]}, "holds no vocabulary"),
+                ("model", {"merges": ["a"]}, "holds no vocabulary"),
+                ("model", {"merges": 3}, "holds no vocabulary"),
+                ("model", [1], "holds no vocabulary"),
+                ("added_tokens", [{"id": 3, "content": "<x>"}], "'<x>' has the number 3"),
+                ("added_tokens", [{"id": 1}], "holds no vocabulary"),
+                ("added_tokens", {"<x>": 1}, "holds no vocabulary")):
+            changed = changes
+            if isinstance(changes, dict) and part != "added_tokens":
+                changed = (good[part] or {}) | changes
+            write_json(path, good | {part: changed})
+            with self.subTest(part=part, changes=changes):
+                self.refused("tokenizer.json.*" + re.escape(named), 3)
+        for content in (b"", b"[]", b"{", b"\xff"):
+            path.write_bytes(content)
+            self.refused("tokenizer.json holds no JSON object")
+
+    def test_broken_vocabulary_files(self):
+        save_encoder(byte_encoder(), self.folder)
+        self.refused("'<|endoftext|>' has the number 258, but the model has 258 rows", 258)
+        for content in ("", "#version: 0.2\na b c\n", "#version: 0.2\na"):
+            (self.folder / "merges.txt").write_text(content)
+            self.refused("vocab.json holds no vocabulary for this model")
+        (self.folder / "merges.txt").write_text("#version: 0.2\n")
+        for content in ("", "[]", "{1"):
+            (self.folder / "vocab.json").write_text(content)
+            self.refused("vocab.json.* holds no JSON object")
 
 
 class Hub(Seeded):
-    """Repositories of a hub on this machine, fetched in another process, as huggingface_hub reads HF_ENDPOINT once."""
+    """Repositories of a hub on this machine, fetched by huggingface_hub."""
 
-    SCRIPT = """
-import sys
-from mingpt.model import GPT
-for name in sys.argv[1:]:
-    try:
-        print(GPT.from_pretrained(name).transformer.wpe.weight.double().sum().item())
-    except OSError as error:
-        print(f"{type(error).__name__}: {error}")
-"""
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
     def setUp(self):
         super().setUp()
-        self.files, self.sums, self.fetched, test = {}, {}, [], self
+        self.files = {}
+        self.fetched = []
+        test = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -413,7 +615,7 @@ for name in sys.argv[1:]:
             def do_GET(self):
                 status, body, headers = test.answer(self.path)
                 if self.command == "GET" and "/resolve/" in self.path and status == 200:
-                    test.fetched.append("/".join(self.path.split("/")[1:3]) + "/" + self.path.split("/")[-1])
+                    test.fetched.append(self.path.rpartition("/")[2])
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(body)), **headers}.items():
                     self.send_header(name, value)
@@ -431,114 +633,89 @@ for name in sys.argv[1:]:
         thread.start()
         for end in (thread.join, server.server_close, server.shutdown):
             self.addCleanup(end)
-        self.environment = dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", NO_PROXY="127.0.0.1",
-                                HF_HOME=str(self.folder / "cache"))
+        self.endpoint = f"http://127.0.0.1:{server.server_port}"
+        self.patch(mock.patch.dict(os.environ, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1",
+                                   HF_HUB_DISABLE_PROGRESS_BARS="1"))
 
-    COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-    def answer(self, path):
-        """What the real hub answers to the requests that huggingface_hub sends: (status, body, headers)."""
+    def answer(self, path: str) -> tuple[int, bytes, dict]:
+        """What the real hub answers to huggingface_hub: (status, body, headers)."""
         path = path.partition("?")[0]
         name = "/".join(path.removeprefix("/api/models").split("/")[1:3])
         file = path.rpartition("/")[2]
         if name not in self.files:
             return 404, b"", {"X-Error-Code": "RepoNotFound"}
         files = self.files[name]
+        sums = {file: hashlib.sha1(body).hexdigest() for file, body in files.items()}
         if path.startswith("/api/"):
-            content = dict(id=name, sha=self.COMMIT, siblings=[dict(rfilename=file) for file in files])
+            siblings = [dict(rfilename=file) for file in files]
+            content = dict(id=name, sha=self.COMMIT, siblings=siblings)
             if "/tree/" in path:
-                content = [dict(type="file", path=file, size=len(body), oid=hashlib.sha1(body).hexdigest())
+                content = [dict(type="file", path=file, size=len(body), oid=sums[file])
                            for file, body in files.items()]
             return 200, json.dumps(content).encode(), {"Content-Type": "application/json"}
         if name == "owner/gated":
             return 403, b"", {"X-Error-Code": "GatedRepo", "X-Repo-Commit": self.COMMIT}
         if file not in files:
             return 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.COMMIT}
-        return 200, files[file], {"ETag": f'"{hashlib.sha1(files[file]).hexdigest()}"', "X-Repo-Commit": self.COMMIT}
+        return 200, files[file], {"ETag": f'"{sums[file]}"', "X-Repo-Commit": self.COMMIT}
 
-    def publish(self, name, *forms):
-        """Puts a model on the hub, in one form or in several, and beside it what nobody asked for."""
-        model = theirs()
-        with torch.no_grad():
-            self.sums[name] = model.transformer.wpe.weight.double().sum().item()
-        folder = self.folder / name
-        folder.mkdir(parents=True)
+    def publish(self, name: str, *forms: str) -> GPT:
+        """Puts a model on the hub, in one form or in several, and beside it other files."""
+        model = tiny_gpt(vocab_size=259)
         for form in forms:
-            save_as(model, folder, form)
-        self.files[name] = {path.name: path.read_bytes() for path in folder.iterdir()}
-        self.files[name] |= {"tf_model.h5": b"large", "README.md": b"#"}
+            write_folder(self.folder / name, model, form)
+        save_encoder(byte_encoder(), self.folder / name)
+        files = {path.name: path.read_bytes() for path in (self.folder / name).iterdir()}
+        self.files[name] = files | {"tf_model.h5": b"large", "README.md": b"#"}
+        return model
 
-    def load(self, *names, **environment):
-        printed = run_python("-c", self.SCRIPT, *names, **self.environment | environment).stdout
-        return [line for line in printed.splitlines() if not line.startswith("number of parameters")]
+    def fetch(self, name: str, endpoint: str = "") -> tuple[GPT, Encoder]:
+        from huggingface_hub import snapshot_download
+        here = functools.partial(snapshot_download, endpoint=endpoint or self.endpoint,
+                                 cache_dir=self.folder / "cache")
+        with mock.patch("huggingface_hub.snapshot_download", here):
+            model = GPT.from_pretrained(name)
+            return model, load_encoder(name, model.config.vocab_size)
 
     def test_repositories(self):
-        forms = {"owner/both": ("safetensors", "bin"), "owner/bin": ("bin",), "owner/parts": ("sharded safetensors",),
-                 "owner/bin-parts": ("sharded bin",), "openai-community/gpt2": ("bin of old", "safetensors")}
+        forms = {"owner/both": ("safetensors", "bin"), "owner/bin": ("bin",),
+                 "owner/parts": ("sharded safetensors",), "owner/bin-parts": ("sharded bin",),
+                 "openai-community/gpt2": ("old", "safetensors")}
+        vocabulary = ["vocab.json", "merges.txt", "added_tokens.json"]
         for name, kinds in forms.items():
-            self.publish(name, *kinds)
-        self.files["owner/gated"] = self.files["owner/bin"]
-        good = ["owner/both", "owner/bin", "owner/parts", "owner/bin-parts", "gpt2"]
-        bad = ["owner/nothing", "owner/gated", "owner/a..b"]
-        *loaded, nothing, gated, invalid = self.load(*good, *bad)
-        self.assertEqual([float(line) for line in loaded], list(self.sums.values()))
-        refused = "^OSError: there is no folder '.*', and the hub does not give it: "
-        self.assertRegex(nothing, refused + "RepositoryNotFoundError")
-        self.assertRegex(gated, refused + "GatedRepoError")
-        self.assertRegex(invalid, refused + "HFValidationError")
-        expected = []
-        for name, kind in (("owner/both", "model"), ("owner/bin", "pytorch_model"), ("owner/parts", "model"),
-                           ("owner/bin-parts", "pytorch_model"), ("openai-community/gpt2", "model")):
-            expected += [f"{name}/{file}" for file in self.files[name] if file.startswith(("config.json", kind))]
-        self.assertEqual(sorted(self.fetched), sorted(expected)) # each file once, and one kind of weights
-
-        self.fetched.clear() # without a network, by setting and in fact
-        for changes in (dict(HF_HUB_OFFLINE="1"), dict(HF_ENDPOINT="http://127.0.0.1:1")):
-            *loaded, missing = self.load(*good, "owner/nothing", **changes)
-            self.assertEqual([float(line) for line in loaded], list(self.sums.values()))
-            self.assertRegex(missing, refused + "LocalEntryNotFoundError")
-
-    def test_what_transformers_fetched_is_used(self):
-        self.publish("owner/both", "safetensors", "bin")
-        for use_safetensors in (False, True):
-            self.environment["HF_HOME"] = str(self.folder / f"cache{use_safetensors}")
-            run_python("-c", f"""
-from transformers import GPT2LMHeadModel
-GPT2LMHeadModel.from_pretrained("owner/both", use_safetensors={use_safetensors})
-""", **self.environment)
+            model = self.publish(name, *kinds)
             self.fetched.clear()
-            self.assertEqual(self.load("owner/both", HF_HUB_OFFLINE="1"), [str(self.sums["owner/both"])])
-            self.assertEqual(self.fetched, [])
+            with self.subTest(name):
+                loaded, encoder = self.fetch(name.removeprefix("openai-community/"))
+                self.assertTrue(torch.equal(loaded.lm_head.weight, model.lm_head.weight))
+                self.assertEqual(encoder.encode("line"), byte_encoder().encode("line"))
+                # Each file once, and one form of weights.
+                begin = "pytorch_model" if "bin" in name else "model"
+                weights = [file for file in self.files[name] if file.startswith(begin)]
+                self.assertEqual(sorted(self.fetched),
+                                 sorted(["config.json", *vocabulary, *weights]))
+        # What is here already needs no network.
+        self.fetched.clear()
+        for name in forms:
+            self.fetch(name, "http://127.0.0.1:1")
+        self.assertEqual(self.fetched, [])
 
+    def test_errors(self):
+        self.publish("owner/gated", "bin")
+        for name, error in (("owner/nothing", "RepositoryNotFoundError"),
+                            ("owner/gated", "GatedRepoError"), ("owner/a..b", "HFValidationError")):
+            pattern = f"there is no folder '{name}', and the hub does not give it: {error}"
+            with self.subTest(name), self.assertRaisesRegex(OSError, pattern):
+                self.fetch(name)
+        with self.assertRaisesRegex(OSError, "LocalEntryNotFoundError"):
+            self.fetch("owner/nothing", "http://127.0.0.1:1")
 
-class Imports(Seeded):
-    def test_optional_packages_only_when_needed(self):
-        script = ("import sys; import mingpt.model, mingpt.bpe, mingpt.trainer, mingpt.pretrained; "
-                  "print([m for m in ('transformers', 'safetensors', 'huggingface_hub') if m in sys.modules])")
-        self.assertEqual(run_python("-c", script).stdout.strip(), "[]")
-
-    def test_what_to_install(self):
-        install = r'pip install -e "\.\[pretrained\]" \(a folder needs no huggingface_hub, a \.bin file no safetensors'
-        theirs().save_pretrained(self.folder)
-        with mock.patch.dict(sys.modules, {"safetensors.torch": None, "huggingface_hub": None}):
-            with self.assertRaisesRegex(ImportError, "model.safetensors: " + install):
-                GPT.from_pretrained(str(self.folder))
-            with self.assertRaisesRegex(ImportError, "there is no folder 'owner/model'.*" + install):
-                GPT.from_pretrained("owner/model")
-            tiny_gpt().save_pretrained(self.folder) # neither package is needed for this
-            GPT.from_pretrained(str(self.folder))
-
-
-class RealGPT2(unittest.TestCase):
-    def test_known_continuation(self):
-        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        try:
-            requests.head(endpoint, timeout=5)
-        except requests.RequestException:
-            self.skipTest(f"the hub at {endpoint} cannot be reached")
+    @unittest.skipUnless(os.environ.get("MINGPT_TEST_HUB"), "MINGPT_TEST_HUB=1 fetches gpt2")
+    def test_the_real_gpt2(self):
         idx = torch.tensor([get_encoder().encode("The dog")])
-        expected = [464, 3290, 373, 1043, 287, 257, 2214, 1474, 262, 16246, 286, 2688, 290, 2688, 27262, 13, 198, 198,
-                    464, 3290] # transformers tests itself by the same
+        # Transformers tests itself by the same continuation.
+        expected = [464, 3290, 373, 1043, 287, 257, 2214, 1474, 262, 16246, 286, 2688, 290, 2688,
+                    27262, 13, 198, 198, 464, 3290]
         self.assertEqual(GPT.from_pretrained("gpt2").generate(idx, 18)[0].tolist(), expected)
 
 
