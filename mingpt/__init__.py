@@ -1,3 +1,3 @@
-"""A GPT to read in one sitting: start with model.py."""
+"""A GPT to read in an evening: start with model.py."""
 
-__version__ = "2.0.0"
+__version__ = "3.0.0"
