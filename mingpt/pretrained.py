@@ -134,6 +134,25 @@ def load_pretrained(cls: Any, name: str | Path) -> Any:
     return model.eval()
 
 
+def crop_model(model: Any, block_size: int, vocab_size: int) -> None:
+    """Cuts a model, in place, to its first positions and the rows of its first tokens.
+
+    Rows without a token, where a vocabulary is padded, could be drawn otherwise.
+    """
+    t = model.transformer
+    is_tied = model.is_tied
+    for module, size in ((t.wpe, block_size), (t.wte, vocab_size), (model.lm_head, vocab_size)):
+        module.weight = nn.Parameter(module.weight.detach()[:size])  # (rows, C) -> (size, C)
+    if is_tied:
+        model.lm_head.weight = t.wte.weight
+    t.wpe.num_embeddings = block_size
+    t.wte.num_embeddings = vocab_size
+    model.lm_head.out_features = vocab_size
+    model.block_size = block_size
+    model.config.block_size = block_size
+    model.config.vocab_size = vocab_size
+
+
 def save_pretrained(model: Any, folder: str | Path) -> None:
     """Writes config.json and model.safetensors over an earlier model in the folder.
 
@@ -237,11 +256,12 @@ def _describe(module: nn.Module | None) -> str:
 # Vocabularies
 
 
-def load_encoder(name: str | Path, vocab_size: int) -> Encoder:
-    """Loads the encoder of a model with `vocab_size` rows, from where its weights are.
+def load_encoder(name: str | Path, vocab_size: int | None = None) -> Encoder:
+    """Loads the encoder of a model, from where its weights are.
 
-    OpenAI's vocabulary is taken if there is no other and the model has its size. A
-    model may have more rows than tokens. ValueError if the vocabulary is missing,
+    vocab_size is the number of the model's rows, which may be more than there are
+    tokens. With OpenAI's 50,257 and no vocabulary there, OpenAI's is taken. Without a
+    model, None takes a folder of any size. ValueError if the vocabulary is missing,
     broken, too large or of another kind than GPT-2's; else as load_pretrained.
     """
     folder = _find_folder(name)
@@ -260,7 +280,8 @@ def load_encoder(name: str | Path, vocab_size: int) -> Encoder:
     try:
         vocabulary, merges, added = read(path)
         for token, number in (vocabulary | added).items():
-            if type(number) is not int or not 0 <= number < vocab_size:
+            is_number = type(number) is int and number >= 0
+            if not is_number or vocab_size is not None and number >= vocab_size:
                 raise ValueError(f"{token!r} has the number {reprlib.repr(number)}, "
                                  f"but the model has {vocab_size} rows")
         return Encoder(vocabulary, [(left, right) for left, right in merges], added)
