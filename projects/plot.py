@@ -59,7 +59,8 @@ def main(args: list[str]) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     for i, path in enumerate(options.metrics):
-        name = f"{path.parent.name}, " if len(options.metrics) > 1 else ""
+        run = path.parent.name if path.stem == "metrics" else path.stem
+        name = f"{run}, " if len(options.metrics) > 1 else ""
         draw_run(losses, rates, read_rows(path), f"C{i}", name)
     losses.set_ylabel("loss (lower is better)")
     rates.set_ylabel("learning rate")

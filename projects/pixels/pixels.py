@@ -176,7 +176,7 @@ def draw_sheet(pictures: torch.Tensor, columns: list[str], rows: list[str], inch
     grid = tiles.view(9 * R, 9 * C)[:-1, :-1]  # (R, 9, C, 9) -> (9R - 1, 9C - 1)
     axes = Figure(figsize=(inches * C + 0.6, inches * R + 0.3)).subplots()
     axes.set_facecolor("lightsteelblue")
-    axes.imshow(grid, cmap="gray_r", vmin=0, vmax=GREYS - 1)
+    axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=GREYS - 1)
     axes.set_xticks(9 * np.arange(C) + 3.5, columns)
     axes.set_yticks(9 * np.arange(R) + 3.5, rows)
     axes.tick_params(length=0, top=True, labeltop=True, labelbottom=False)
