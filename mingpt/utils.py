@@ -407,7 +407,3 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
-
-
-# For files that still use the old name.
-FIRST = rank() == 0
