@@ -117,6 +117,7 @@ CN = CfgNode
 def _parse(name: str, text: str, default):
     """Returns the value of a text, in the type of the default: ("x", "1e-3", 0.1) -> 0.001."""
     if isinstance(default, str):
+        # A field that may be empty takes any word, this one, too.
         return None if text == "None" and default else text
     try:
         value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
@@ -124,18 +125,18 @@ def _parse(name: str, text: str, default):
         # A path, the name of a device, a word.
         value = text
 
-    if default is None and isinstance(value, str):
-        return text
-    # An integer may be written as 1e3, a float as 1.
+    # An integer may be written as 1e3, a float as 1, a tuple as a list.
     if isinstance(value, float) and value.is_integer() and not isinstance(default, float):
         value = int(value)
-    if isinstance(default, float) and type(value) is int:
+    if type(value) is int and isinstance(default, float):
         value = float(text)
-    if isinstance(default, (tuple, list)) and isinstance(value, (tuple, list)):
+    if isinstance(value, (tuple, list)) and isinstance(default, (tuple, list)):
         value = type(default)(value)
+    if default is None:
+        return text if isinstance(value, str) else value
 
     is_infinite = isinstance(value, float) and not math.isfinite(value)
-    if is_infinite or default is not None and type(value) is not type(default):
+    if is_infinite or type(value) is not type(default):
         expected = f"a value of type {type(default).__name__} like {default!r}"
         raise ValueError(f"--{name} takes {expected}, got {text[:80]!r}")
     return value

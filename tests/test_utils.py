@@ -27,8 +27,8 @@ from common import ROOT, Folder, close_log, run_here
 from mingpt import utils
 from mingpt.model import GPT
 from mingpt.utils import (
-    CN, CfgNode, cache_folder, check_config, eval_mode, progress, replacing, run_script, set_seed,
-    setup_logging, warn_unknown,
+    CN, CfgNode, cache_folder, check_config, eval_mode, fill_in, progress, replacing, run_script,
+    set_seed, setup_logging, warn_unknown,
 )
 
 logger = logging.getLogger("mingpt")
@@ -176,6 +176,12 @@ class Configuration(unittest.TestCase):
             "a test does not use zzz",
             "another does not use lr; did you mean learning_rate?",
         ])
+
+    def test_fill_in_completes_a_configuration_with_plain_numbers(self):
+        config = CfgNode(rate=np.float64(0.5), steps=torch.tensor(3), betas=(0.9, 0.95))
+        fill_in(config, dict(rate=0.1, seed=None), ("rate", "steps", "betas", "seed"), "a test")
+        self.assertEqual(vars(config), dict(rate=0.5, seed=None, steps=3, betas=(0.9, 0.95)))
+        self.assertEqual([type(config.rate), type(config.steps)], [float, int])
 
 
 class Seeds(unittest.TestCase):
