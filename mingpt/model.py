@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from mingpt.generation import KVCache, at_least_float32, has_hooks, one_by_one, write
 from mingpt.muon import join_muon
-from mingpt.utils import CN, CfgNode, check_config, eval_mode, logger, warn_unknown
+from mingpt.utils import CN, CfgNode, check_config, eval_mode, fill_in, logger
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -360,10 +360,11 @@ def complete_config(config: CN, complete: CN) -> CN:
 
     Raises ValueError for a setting that is missing, wrong or contradicts the model_type.
     """
-    warn_unknown(config, vars(complete), "GPT")
-    for name in [*vars(complete), *vars(config)]:
+    known = list(vars(complete))
+    for name in [*known, *vars(config)]:
         if hasattr(config, name):
             setattr(complete, name, getattr(config, name))
+    fill_in(complete, {}, known, "GPT")
     model_type = complete.model_type
     if model_type not in (*PRESETS, "gpt", None):
         raise ValueError(f"got model_type={model_type!r}, expected {', '.join(PRESETS)}; "
@@ -383,11 +384,13 @@ def _adapt_state_dict(model: GPT, state: dict, prefix: str, *args) -> None:
     for key in list(state):
         if key.endswith((".attn.bias", ".attn.masked_bias")) and key not in own:
             del state[key]
+    name = prefix + "lm_head.weight"
     wte = state.get(prefix + "transformer.wte.weight")
-    head = state.get(prefix + "lm_head.weight")
-    if head is None and wte is not None:
-        state[prefix + "lm_head.weight"] = wte.clone()
-    elif model.is_tied and wte is not None and not torch.equal(head, wte):
-        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+    if wte is None or name not in own or own[name].shape != wte.shape:
+        return
+    if name not in state:
+        state[name] = wte.clone()
+    elif model.is_tied and not torch.equal(state[name], wte):
+        model.lm_head.weight = nn.Parameter(torch.empty_like(own[name]))
         model.config.tie_weights = False
-        logger.info("the weights have a head of their own, so it is no longer tied")
+        logger.info("these weights have a head of their own, so it is not tied any more")
