@@ -49,7 +49,7 @@ def get_config() -> CN:
     C.model = "microsoft/DialoGPT-small"  # to talk to: a folder, or a repository of the hub
     C.temperature = 0.7  # of the answers; 0 takes the likeliest token each time
     C.top_k = None  # draws from so many of the likeliest tokens; None from all
-    C.top_p = 0.9  # draws from the likeliest tokens that reach this probability; None from all
+    C.top_p = 0.9  # draws from the likeliest tokens that reach this probability; 1 from all
     C.max_new_tokens = 100  # of an answer, but never more than half of the model's context
     C.seed = 3407
 
