@@ -1,118 +1,162 @@
 """
-What bench.py compares minGPT with: GPT-2 as other libraries build it, from the same sizes, with one interface.
+GPT-2 as others build it, for bench.py: the same sizes and weights, another way to compute.
 
-    model = PEERS["transformers"](config)                   # config: model.config of a mingpt.model.GPT
-    logits, loss = model(x, y)                              # as GPT's
-    model.generate(idx, 20)                                 # greedy, with the cache of that library if it has one
+    model = PEERS["transformers"](config)       # config: that of a mingpt.model.GPT
+    logits, loss = model(x, y)
+    idx = model.generate(idx, 20)               # takes the likeliest token each time
 
-All have learned positions, LayerNorm before attention and MLP, GELU in its tanh form, the embedding again as output
-layer, and dropout at GPT-2's four places. What a library cannot do in this way stands at its class.
+minGPT and nanoGPT are written again here by their ideas. Their designs are what the bench
+compares, not their files.
 """
 
-import functools
+import math
 
 import torch
-import torch.nn as nn
+from torch import nn
 from torch.nn import functional as F
 
-class Peer(nn.Module):
-    """A model of another library; the loss is computed as in mingpt.model."""
+
+class FormulaGELU(nn.Module):
+    """Computes GELU's tanh form operation by operation."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+        return 0.5 * x * (1 + torch.tanh(inner))
+
+
+class Attention(nn.Module):
+    """Computes causal attention: by its formula with a stored mask, or by torch's kernel."""
+
+    def __init__(self, c, by_formula: bool):
+        super().__init__()
+        self.n_head = c.n_head
+        self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd)
+        self.c_proj = nn.Linear(c.n_embd, c.n_embd)
+        self.weight_dropout = nn.Dropout(c.attn_pdrop)
+        self.out_dropout = nn.Dropout(c.resid_pdrop)
+        mask = torch.ones(c.block_size, c.block_size).tril() if by_formula else None
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, C = x.shape
+        q, k, v = [part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+                   for part in self.c_attn(x).chunk(3, dim=-1)]  # (B, nh, T, hs) each
+        if self.mask is None:
+            dropout_p = self.weight_dropout.p if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
+        else:
+            scores = q @ k.transpose(2, 3) / math.sqrt(q.size(-1))  # (B, nh, T, T)
+            scores = scores.masked_fill(self.mask[:T, :T] == 0, -math.inf)
+            y = self.weight_dropout(scores.softmax(dim=-1)) @ v  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C)
+        return self.out_dropout(self.c_proj(y))
+
+
+class Block(nn.Module):
+    """Adds attention and an MLP to the residual stream."""
+
+    def __init__(self, c, by_formula: bool):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(c.n_embd)
+        self.attn = Attention(c, by_formula)
+        self.ln_2 = nn.LayerNorm(c.n_embd)
+        self.mlp = nn.ModuleDict(dict(
+            c_fc=nn.Linear(c.n_embd, 4 * c.n_embd),
+            act=FormulaGELU() if by_formula else nn.GELU(),
+            c_proj=nn.Linear(4 * c.n_embd, c.n_embd),
+            dropout=nn.Dropout(c.resid_pdrop),
+        ))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x))
+        h = self.ln_2(x)
+        for part in self.mlp.values():
+            h = part(h)
+        return x + h
+
+
+class PlainGPT(nn.Module):
+    """Writes without a cache: each new token reads the whole row again."""
+
+    by_formula: bool  # attention and GELU, operation by operation
+    tied: bool  # the embedding is the head, too
+    scores_all: bool  # computes the logits of all tokens when it writes
+
+    def __init__(self, c):
+        super().__init__()
+        self.block_size = c.block_size
+        blocks = [Block(c, self.by_formula) for _ in range(c.n_layer)]
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(c.vocab_size, c.n_embd),
+            wpe=nn.Embedding(c.block_size, c.n_embd),
+            drop=nn.Dropout(c.embd_pdrop),
+            h=nn.ModuleList(blocks),
+            ln_f=nn.LayerNorm(c.n_embd),
+        ))
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        if self.tied:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def features(self, idx: torch.Tensor) -> torch.Tensor:
+        parts = self.transformer
+        pos = torch.arange(idx.size(1), device=idx.device)  # (T,)
+        x = parts.drop(parts.wte(idx) + parts.wpe(pos))  # (B, T, C)
+        for block in parts.h:
+            x = block(x)
+        return parts.ln_f(x)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.logits(x) # (B, T, V)
-        return logits, F.cross_entropy(logits.flatten(0, 1), y.flatten()) # (B*T, V), (B*T)
+        logits = self.lm_head(self.features(x))  # (B, T, V)
+        return logits, mean_loss(logits, y)
 
-class Transformers(Peer):
-    """GPT2LMHeadModel."""
+    @torch.no_grad()
+    def generate(self, idx: torch.Tensor, new: int) -> torch.Tensor:
+        for _ in range(new):
+            h = self.features(idx[:, -self.block_size:])  # (B, T, C)
+            if not self.scores_all:
+                h = h[:, -1:]  # (B, 1, C)
+            scores = self.lm_head(h)[:, -1]  # (B, V)
+            idx = torch.cat([idx, scores.argmax(-1, keepdim=True)], dim=1)
+        return idx
+
+
+class MinGPT(PlainGPT):
+    by_formula = True
+    tied = False
+    scores_all = True
+
+
+class NanoGPT(PlainGPT):
+    by_formula = False
+    tied = True
+    scores_all = False
+
+
+class Transformers(nn.Module):
+    """Wraps GPT2LMHeadModel. Its head is tied, and it has a cache."""
 
     def __init__(self, c):
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
+        # no token ends a text
         self.net = GPT2LMHeadModel(GPT2Config(
-            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-            embd_pdrop=c.embd_pdrop, resid_pdrop=c.resid_pdrop, attn_pdrop=c.attn_pdrop,
-            bos_token_id=None, eos_token_id=None)) # no token ends a text
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+            n_head=c.n_head, embd_pdrop=c.embd_pdrop, resid_pdrop=c.resid_pdrop,
+            attn_pdrop=c.attn_pdrop, bos_token_id=None, eos_token_id=None))
 
-    def logits(self, x):
-        return self.net(x, use_cache=False).logits
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.net(x, use_cache=False).logits  # (B, T, V)
+        return logits, mean_loss(logits, y)
 
-    def generate(self, idx, new):
+    def generate(self, idx: torch.Tensor, new: int) -> torch.Tensor:
         mask = torch.ones_like(idx)
-        return self.net.generate(idx, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0)
+        return self.net.generate(idx, attention_mask=mask, max_new_tokens=new, do_sample=False,
+                                 pad_token_id=0)
 
-class LitGPT(Peer):
-    """Rotates by the position instead of adding a learned one; has no dropout."""
 
-    def __init__(self, c):
-        super().__init__()
-        from litgpt.config import Config
-        from litgpt.model import GPT
-        self.net = GPT(Config(
-            n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, block_size=c.block_size, padded_vocab_size=c.vocab_size,
-            rotary_percentage=1.0, parallel_residual=False, attn_bias=True, gelu_approximate="tanh"))
-        self.net.apply(self.net._init_weights)
-        self.net.lm_head.weight = self.net.transformer.wte.weight
-        self.logits = self.net
+def mean_loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Computes the cross-entropy in nats: logits (B, T, V), y (B, T)."""
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1)
 
-    def generate(self, idx, new):
-        from litgpt.generate.base import batched_generate_fn, generate
-        (B, T), greedy = idx.shape, dict(temperature=0.0, top_p=0.0)
-        self.net.max_seq_length = T + new
-        self.net.set_kv_cache(B, device=idx.device, dtype=self.net.lm_head.weight.dtype)
-        if B == 1:
-            generate(self.net, idx[0], T + new, **greedy)
-        else:
-            list(batched_generate_fn(self.net, idx, T + new, sample_args=greedy, include_prompt=False,
-                                     include_eos=False))
-        self.net.clear_kv_cache()
-        self.net.max_seq_length = self.net.config.block_size
 
-class XTransformers(Peer):
-    """Has no biases in attention and LayerNorm."""
-
-    def __init__(self, c):
-        super().__init__()
-        from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
-        layers = Decoder(
-            dim=c.n_embd, depth=c.n_layer, heads=c.n_head, attn_dim_head=c.n_embd // c.n_head, attn_flash=True,
-            attn_dropout=c.attn_pdrop, attn_sublayer_dropout=c.resid_pdrop, ff_sublayer_dropout=c.resid_pdrop,
-            ff_custom_activation=nn.GELU(approximate="tanh"))
-        self.logits = TransformerWrapper(num_tokens=c.vocab_size, max_seq_len=c.block_size, attn_layers=layers,
-                                         tie_embedding=True, emb_dropout=c.embd_pdrop)
-        self.wrapper = AutoregressiveWrapper(self.logits)
-
-    def generate(self, idx, new):
-        return self.wrapper.generate(idx, new, temperature=0.0, cache_kv=True)
-
-class TorchEncoder(Peer):
-    """torch.nn.TransformerEncoder has no cache: each token reads all again."""
-
-    def __init__(self, c):
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(
-            c.n_embd, c.n_head, 4 * c.n_embd, c.resid_pdrop, functools.partial(F.gelu, approximate="tanh"),
-            batch_first=True, norm_first=True)
-        layer.dropout.p = 0.0 # inside the MLP, where GPT-2 has none
-        self.encoder = nn.TransformerEncoder(layer, c.n_layer, nn.LayerNorm(c.n_embd), enable_nested_tensor=False)
-        self.wte, self.wpe = nn.Embedding(c.vocab_size, c.n_embd), nn.Embedding(c.block_size, c.n_embd)
-        for embedding in (self.wte, self.wpe):
-            nn.init.normal_(embedding.weight, std=0.02)
-        self.drop = nn.Dropout(c.embd_pdrop)
-
-    def features(self, x):
-        T = x.size(1)
-        mask = nn.Transformer.generate_square_subsequent_mask(T, device=x.device, dtype=self.wte.weight.dtype) # (T, T)
-        embedded = self.drop(self.wte(x) + self.wpe.weight[:T]) # (B, T, C)
-        return self.encoder(embedded, mask, is_causal=True)
-
-    def logits(self, x):
-        return F.linear(self.features(x), self.wte.weight) # (B, T, C) -> (B, T, V)
-
-    @torch.inference_mode()
-    def generate(self, idx, new):
-        for _ in range(new):
-            scores = F.linear(self.features(idx[:, -len(self.wpe.weight):])[:, -1], self.wte.weight) # (B, V)
-            idx = torch.cat([idx, scores.argmax(-1, keepdim=True)], dim=1)
-        return idx
-
-PEERS = {"transformers": Transformers, "litgpt": LitGPT, "x-transformers": XTransformers, "torch.nn": TorchEncoder}
+PEERS = {"minGPT": MinGPT, "nanoGPT": NanoGPT, "transformers": Transformers}
