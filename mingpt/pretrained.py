@@ -246,7 +246,7 @@ def _describe(module: nn.Module | None) -> str:
         words.append(f"{name} {list(parameter.shape)}")
     if hasattr(module, "eps"):
         words.append(f"eps {module.eps}")
-    mask = module._buffers.get("bias")
+    mask = module._buffers.get("mask")
     if mask is not None and not torch.equal(mask != 0, torch.ones_like(mask).tril() != 0):
         words.append("a mask of its own")
     return ", ".join(words) or "no weights of its own"
