@@ -147,6 +147,8 @@ class Configuration(unittest.TestCase):
         self.assertEqual(config.to_dict(), dict(seed=3, data=dict(steps=6, rate=0.1), new=4))
         self.assertEqual(str(config), "seed: 3\ndata:\n    steps: 6\n    rate: 0.1\nnew: 4")
         self.assertEqual(copy.deepcopy(config), config)
+        config.merge_from_dict(dict(data=CN(lines=1)))
+        self.assertEqual(config.data, CN(lines=1))
 
     def test_docstrings(self):
         self.assertEqual(doctest.testmod(utils).failed, 0)
