@@ -316,25 +316,28 @@ def _read_vocabulary(path: Path) -> tuple[dict, list, dict]:
 
 
 def save_encoder(encoder: Encoder, folder: str | Path) -> None:
-    """Writes vocab.json, merges.txt and added_tokens.json over an earlier vocabulary.
+    """Writes vocab.json and merges.txt over an earlier vocabulary; added_tokens.json if needed.
 
     load_encoder and transformers' GPT2Tokenizer read them.
     """
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [" ".join(pair) for pair in encoder.bpe_ranks]
-    # Everybody knows <|endoftext|>, and it may not be added twice.
-    added = {token: number for token, number in encoder.special_tokens.items()
-             if token != "<|endoftext|>" or token not in encoder.encoder}
     texts = {
         "vocab.json": json.dumps(encoder.encoder),
         "merges.txt": "\n".join(["#version: 0.2", *pairs]) + "\n",
-        "added_tokens.json": json.dumps(added),
     }
+    added = dict(encoder.special_tokens)
+    if "<|endoftext|>" in encoder.encoder:
+        # Everybody knows this one.
+        del added["<|endoftext|>"]
+    if added:
+        texts["added_tokens.json"] = json.dumps(added)
     for name, text in texts.items():
         with replacing(folder / name) as part:
             part.write_text(text, encoding="utf-8")
-    (folder / "tokenizer.json").unlink(missing_ok=True)
+    for name in {"tokenizer.json", "added_tokens.json"} - texts.keys():
+        (folder / name).unlink(missing_ok=True)
 
 
 # -----------------------------------------------------------------------------

@@ -681,7 +681,7 @@ class Hub(Seeded):
         forms = {"owner/both": ("safetensors", "bin"), "owner/bin": ("bin",),
                  "owner/parts": ("sharded safetensors",), "owner/bin-parts": ("sharded bin",),
                  "openai-community/gpt2": ("old", "safetensors")}
-        vocabulary = ["vocab.json", "merges.txt", "added_tokens.json"]
+        vocabulary = ["vocab.json", "merges.txt"]
         for name, kinds in forms.items():
             model = self.publish(name, *kinds)
             self.fetched.clear()
