@@ -59,36 +59,41 @@ def _write(model: Any, idx: Tensor, max_new_tokens: int, choose: Callable,
     window = idx[:, -block_size:]  # (B, T), what the model reads
     stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)  # (B, 1)
     cache = None
-    if use_cache and can_cache(model):
-        room = min(idx.size(1) + max_new_tokens, block_size)
-        cache = [KVCache(room) for _ in model.transformer.h]
+    # Parts that are not known may keep tensors for a later training.
+    no_gradients: Any = torch.no_grad
+    if can_cache(model):
+        no_gradients = torch.inference_mode
+        if use_cache:
+            room = min(idx.size(1) + max_new_tokens, block_size)
+            cache = [KVCache(room) for _ in model.transformer.h]
 
     for _ in range(max_new_tokens):
-        if cache is None:
-            logits, _ = model(window)  # (B, T, V)
-        else:
-            # The prompt at first, then one token each time.
-            unread = window[:, cache[0].length:]
-            logits, _ = model(unread, cache=cache)  # (B, 1, V)
-            # A full window slides from here on, so each token changes its position.
-            # A part that leaves its cache empty does not take part.
-            T = window.size(1)
-            if T == block_size or any(part.length != T for part in cache):
-                cache = None
-        token = choose(logits[:, -1])  # (B, V) -> (B, 1)
-        if stop_token is not None:
-            token = token.masked_fill(stopped, stop_token)
-            stopped = stopped | (token == stop_token)
-        yield token
+        with no_gradients():
+            if cache is None:
+                logits, _ = model(window)  # (B, T, V)
+            else:
+                # The prompt at first, then one token each time.
+                unread = window[:, cache[0].length:]
+                logits, _ = model(unread, cache=cache)  # (B, 1, V)
+                # A full window slides from here on, so each token changes its position.
+                # A part that leaves its cache empty does not take part.
+                T = window.size(1)
+                if T == block_size or any(part.length != T for part in cache):
+                    cache = None
+            token = choose(logits[:, -1])  # (B, V) -> (B, 1)
+            if stop_token is not None:
+                token = token.masked_fill(stopped, stop_token)
+                stopped = stopped | (token == stop_token)
+        window = torch.cat([window, token], dim=1)[:, -block_size:]  # (B, T + 1) at most
+        yield window[:, -1:]
         if stop_token is not None and stopped.all():
             return
-        window = torch.cat([window, token], dim=1)[:, -block_size:]  # (B, T + 1) at most
 
 
 def one_by_one(model: Any, tokens: Iterator[Tensor]) -> Iterator[Tensor]:
     """Yields each token as (B,). Between two tokens the model is in the mode it was in."""
     while True:
-        with torch.no_grad(), eval_mode(model):
+        with eval_mode(model):
             token = next(tokens, None)
         if token is None:
             return
@@ -149,11 +154,11 @@ class KVCache:
             B, nh, T, hs = k.shape
             self.k = k.new_empty(B, nh, self.max_length, hs)
             self.v = v.new_empty(B, nh, self.max_length, hs)
-        start = self.length
-        self.length += k.size(2)
-        self.k[:, :, start:self.length] = k
-        self.v[:, :, start:self.length] = v
-        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+        T = k.size(2)
+        self.k.narrow(2, self.length, T).copy_(k)
+        self.v.narrow(2, self.length, T).copy_(v)
+        self.length += T
+        return self.k.narrow(2, 0, self.length), self.v.narrow(2, 0, self.length)
 
 
 def can_cache(model: Any) -> bool:
@@ -166,7 +171,7 @@ def can_cache(model: Any) -> bool:
     for block in blocks:
         attention = getattr(block, "attn", block)
         # Attention by a mask of its own may look ahead.
-        if attention.__dict__["_buffers"].get("bias") is not None:
+        if getattr(attention, "mask", None) is not None:
             return False
         parts += [block.forward, attention.forward]
     takes_all = all(takes_cache(part) for part in parts)
@@ -180,8 +185,13 @@ def is_tokenwise(module: nn.Module) -> bool:
         return False
     if type(module) in TOKENWISE and "forward" not in vars(module):
         return True
-    methods = [getattr(module, name, None) for name in ("forward", "features", "mlpf")]
+    methods = [find_method(module, name) for name in ("forward", "features", "mlpf")]
     return all(is_own(method) or takes_cache(method) for method in methods if method)
+
+
+def find_method(module: nn.Module, name: str) -> Callable | None:
+    """Returns the method that a call of module.name(...) runs, or None."""
+    return vars(module).get(name, getattr(type(module), name, None))
 
 
 def is_own(method: Callable) -> bool:
@@ -190,6 +200,7 @@ def is_own(method: Callable) -> bool:
 
 
 def takes_cache(method: Callable) -> bool:
+    """Tells whether a method has an argument `cache`."""
     return "cache" in inspect.signature(method, follow_wrapped=False).parameters
 
 

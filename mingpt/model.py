@@ -67,13 +67,13 @@ class CausalSelfAttention(nn.Module):
         self.fused = True
         self.att: Tensor | None = None  # (B, nh, T, T)
         # minGPT's mask. It takes part once somebody has asked for it or set it.
-        self.register_buffer("bias", None, persistent=False)
+        self.register_buffer("mask", None, persistent=False)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Maps (B, T, C) to (B, T, C). With a cache, x follows the tokens it holds."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three of (B, nh, T, hs)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # three of (B, nh, T, hs)
 
         # A prompt needs the causal mask. A single token after it may look at all.
         is_causal = cache is None or cache.length == 0
@@ -82,8 +82,10 @@ class CausalSelfAttention(nn.Module):
                 raise ValueError(f"got {T} tokens after a prompt, expected one at a time")
             k, v = cache.append(k, v)  # (B, nh, past + T, hs)
 
-        if self.uses_kernel():
-            p = self.attn_dropout.p if self.attn_dropout.training else 0.0
+        # Whoever replaces or watches the dropout wants to see the weights.
+        dropout = self.attn_dropout
+        if self.fused and type(dropout) is nn.Dropout and not has_hooks(dropout):
+            p = dropout.p if dropout.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=is_causal)
         else:
             y = self.attend(q, k, v)
@@ -97,7 +99,7 @@ class CausalSelfAttention(nn.Module):
         """
         T, S = q.size(2), k.size(2)
         att = q @ k.transpose(-2, -1) / math.sqrt(k.size(-1))  # (B, nh, T, S)
-        mask = self._buffers["bias"]
+        mask = self.mask
         if mask is None:
             mask = torch.ones(S, S, device=q.device).tril()  # (S, S)
         att = att.masked_fill(mask[..., S - T:S, :S] == 0, -torch.inf)
@@ -105,27 +107,28 @@ class CausalSelfAttention(nn.Module):
         self.att = att.detach()
         return self.attn_dropout(att) @ v  # (B, nh, T, S) @ (B, nh, S, hs) -> (B, nh, T, hs)
 
-    def uses_kernel(self) -> bool:
-        """Tells whether torch's kernel may be used: nobody changes or watches the weights."""
-        dropout = self.attn_dropout
-        is_plain = type(dropout) is nn.Dropout and not has_hooks(dropout)
-        return self.fused and is_plain and self._buffers["bias"] is None
+    @property
+    def bias(self) -> Tensor:
+        """Returns minGPT's mask, (1, 1, block_size, block_size): 1 where a token may look.
 
-    def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
-        if name == "bias" and value is None:
-            # Whoever asks for the mask may change it, so it takes part from now on.
+        Whoever asks for it may change it, so attention goes by it from then on.
+        """
+        if self.mask is None:
             T = self.block_size
             mask = torch.ones(T, T, device=self.c_proj.weight.device).tril()  # (T, T)
-            value = mask.view(1, 1, T, T)  # (T, T) -> (1, 1, T, T)
-            self._buffers["bias"] = value
-            self.fused = False
-        return value
+            self.bias = mask.view(1, 1, T, T)  # (T, T) -> (1, 1, T, T)
+        return self.mask
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
+    @bias.setter
+    def bias(self, mask: Tensor | None) -> None:
+        self.mask = mask
+        self.fused = False
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         if name == "bias":
-            self.fused = False
+            self.bias = tensor
+        else:
+            super().register_buffer(name, tensor, persistent)
 
 
 class MLP(nn.Module):
@@ -309,7 +312,7 @@ class GPT(nn.Module):
         """
         tokens = write(self, idx, max_new_tokens, temperature, do_sample, top_k, top_p,
                        stop_token, use_cache)
-        with torch.no_grad(), eval_mode(self):
+        with eval_mode(self):
             new = list(tokens)
         return torch.cat([idx, *new], dim=1)  # (B, T) and (B, 1) each -> (B, T + new)
 
