@@ -34,7 +34,6 @@ def _read_parts(path: str | Path) -> Iterator[str]:
         raise ValueError(f"there is no text file {path}")
     with open(path, encoding="utf-8-sig") as file:
         try:
-            # reads until nothing is left
             yield from iter(lambda: file.read(PART_CHARACTERS), "")
         except UnicodeDecodeError as error:
             # error.object ends where the file is read to
