@@ -63,7 +63,7 @@ class Recipes(Folder):
                 link = title.lower().replace(" ", "-")
                 self.assertIn(f"[{title}](#{link})", " ".join(BEGINNING.split("\n")))
                 for code in CODE.findall(section):
-                    self.assertLessEqual(len(list(filter(str.strip, code.splitlines()))), 12)
+                    self.assertLessEqual(len(list(filter(str.strip, code.splitlines()))), 10)
         self.assertLessEqual(max(map(len, TEXT.splitlines())), 100)
 
     def test_save_and_load_weights(self):
