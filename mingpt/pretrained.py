@@ -279,6 +279,8 @@ def load_encoder(name: str | Path, vocab_size: int | None = None) -> Encoder:
                          "tokenizer.json there, or its vocab.json and merges.txt")
     try:
         vocabulary, merges, added = read(path)
+        if "" in vocabulary | added:
+            raise ValueError("it has a token without text")
         for token, number in (vocabulary | added).items():
             is_number = type(number) is int and number >= 0
             if not is_number or vocab_size is not None and number >= vocab_size:
@@ -296,7 +298,7 @@ def _read_tokenizer(path: Path) -> tuple[dict, list, dict]:
     for part in ("normalizer", "pre_tokenizer", "model"):
         for field, value in (content.get(part) or {"type": None}).items():
             given[f"{part}.{field}"] = value
-    _check_choices(path, given, TOKENIZER_CHOICES)
+    _check_choices(path.name, given, TOKENIZER_CHOICES)
     # Old files have "a b" where newer ones have ["a", "b"].
     merges = [pair.split(" ") if isinstance(pair, str) else pair
               for pair in content["model"]["merges"]]
@@ -382,11 +384,11 @@ def _read_json(path: Path) -> dict:
     raise ValueError(f"{path} holds no JSON object")
 
 
-def _check_choices(path: Path, given: dict, choices: dict[str, tuple]) -> None:
+def _check_choices(file: str | Path, given: dict, choices: dict[str, tuple]) -> None:
     """Raises ValueError for a field whose value is not supported; the default is the first."""
     for field, values in choices.items():
         if given.get(field, values[0]) not in values:
-            raise ValueError(f"{path} has {field} = {reprlib.repr(given[field])}, "
+            raise ValueError(f"{file} has {field} = {reprlib.repr(given[field])}, "
                              f"expected {' or '.join(map(repr, values))}")
 
 

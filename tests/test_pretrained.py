@@ -575,6 +575,7 @@ class Vocabularies(Seeded):
                 ("model", [1], "holds no vocabulary"),
                 ("added_tokens", [{"id": 3, "content": "<x>"}], "'<x>' has the number 3"),
                 ("added_tokens", [{"id": 1}], "holds no vocabulary"),
+                ("added_tokens", [{"id": 1, "content": ""}], "a token without text"),
                 ("added_tokens", {"<x>": 1}, "holds no vocabulary")):
             changed = changes
             if isinstance(changes, dict) and part != "added_tokens":
