@@ -2,15 +2,15 @@
 How fast this library trains, writes and cuts text into tokens, beside others.
 
     pip install -e ".[bench]"
-    python projects/bench/bench.py                          # about five minutes on 2 cores
+    python projects/bench/bench.py                          # a few minutes on 2 cores
     python projects/bench/bench.py train generate           # parts: train, generate, bpe
     python projects/bench/bench.py train generate --device=cuda
     python projects/bench/bench.py --toy --rounds=1         # tiny sizes: does it run?
 
 All ways to do the same take turns in one process, so that a busy machine slows all
 alike. Each model trains with the AdamW of its design: this library's is fused, that
-of the others is torch's default. Figures are medians of the rounds. Writes PART.jsonl and PART.png into results
-beside this file, or into --out, and prints a table of ratios.
+of the others is torch's default. Figures are medians of the rounds. PART.jsonl and
+PART.png go to results beside this file, or to --out; a table of ratios is printed.
 """
 
 import argparse

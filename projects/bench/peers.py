@@ -47,9 +47,9 @@ class Attention(nn.Module):
         else:
             scores = q @ k.transpose(2, 3) / math.sqrt(q.size(-1))  # (B, nh, T, T)
             scores = scores.masked_fill(self.mask[:T, :T] == 0, -math.inf)
-            y = self.weight_dropout(scores.softmax(dim=-1)) @ v  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C)
-        return self.out_dropout(self.c_proj(y))
+            y = self.weight_dropout(scores.softmax(dim=-1)) @ v
+        joined = y.transpose(1, 2).flatten(2)  # (B, nh, T, hs) -> (B, T, C)
+        return self.out_dropout(self.c_proj(joined))
 
 
 class Block(nn.Module):
