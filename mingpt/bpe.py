@@ -103,8 +103,7 @@ class Encoder:
     def encode(self, text: str, allowed_special: str | Iterable[str] = ()) -> list[int]:
         """Turns text into tokens. A special token in it is text, unless allowed_special names it.
 
-        Half a surrogate pair, which UTF-8 cannot express, is read as U+FFFD. ValueError for an
-        unknown special token, and for a text that the vocabulary cannot spell.
+        ValueError for an unknown special token, and for text that the vocabulary cannot spell.
         """
         if isinstance(allowed_special, str):
             allowed_special = [allowed_special]
@@ -121,10 +120,7 @@ class Encoder:
                 tokens += [self.special_tokens[part]] if part in special else self.encode(part)
             return tokens
 
-        try:
-            return list(chain.from_iterable(map(self.cache.__getitem__, PIECE.findall(text))))
-        except UnicodeEncodeError:
-            return self.encode(_join_surrogates(text))
+        return list(chain.from_iterable(map(self.cache.__getitem__, PIECE.findall(text))))
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         spelled = self._spell(word)
@@ -136,7 +132,10 @@ class Encoder:
             raise ValueError(f"got {word!r}, but the vocabulary has no token {error}") from None
 
     def _spell(self, word: str) -> str:
-        """Takes step 2: " é" -> "ĠÃ©". Latin-1 reads a byte as the character of its number."""
+        """Takes step 2: " é" -> "ĠÃ©"."""
+        # UTF-8 cannot store half a surrogate pair: it becomes U+FFFD.
+        word = word.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        # Latin-1 reads a byte as the character of its number.
         return word.encode("utf-8").decode("latin-1").translate(self.byte_encoder)
 
     def bpe(self, token: str) -> str:
@@ -196,13 +195,16 @@ class Encoder:
     def encode_and_show_work(self, text: str) -> dict[str, Any]:
         """Encodes, and keeps the words in "tokens", their steps in "parts", all in "bpe_idx"."""
         parts = []
-        for word in WORD.findall(_join_surrogates(text)):
-            part: dict[str, Any] = {"token": word, "token_bytes": word.encode("utf-8")}
-            part["token_translated"] = self._spell(word)
-            part["token_merged"] = self._merge(part["token_translated"])
-            part["token_ix"] = list(self._encode_word(word))
-            parts.append(part)
-        words = [part["token"] for part in parts]
+        words = WORD.findall(text)
+        for word in words:
+            spelled = self._spell(word)
+            parts.append({
+                "token": word,
+                "token_bytes": bytes([self.byte_decoder[c] for c in spelled]),
+                "token_translated": spelled,
+                "token_merged": self._merge(spelled),
+                "token_ix": list(self._encode_word(word)),
+            })
         return {"bpe_idx": self.encode(text), "tokens": words, "parts": parts}
 
     def decode(self, tokens: Iterable) -> str:
@@ -211,10 +213,7 @@ class Encoder:
         return self._bytes_of(numbers).decode("utf-8", errors="replace")
 
     def decode_stream(self, tokens: Iterable) -> Iterator[str]:
-        """Yields the text of each token as it comes, a number or a tensor of one number.
-
-        A token that ends within a character yields nothing of it; the next one yields it whole.
-        """
+        """Yields the text of tokens as they come, as GPT.stream has them: whole characters only."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in tokens:
             number = token.item() if hasattr(token, "item") else token
@@ -253,11 +252,6 @@ class TokenCache(dict):
             self.clear()
             self.size = 0
         return tokens
-
-
-def _join_surrogates(text: str) -> str:
-    """Joins two halves of a surrogate pair to a character; a single half becomes U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _read(name: str, sha256: str) -> str:
