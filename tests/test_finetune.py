@@ -49,13 +49,14 @@ class Finetune(Folder):
         self.patch(mock.patch.dict(os.environ, MINGPT_CACHE=cache, HOME=str(self.folder)))
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
-        logger = logging.getLogger("mingpt")
-        self.addCleanup(logger.setLevel, logger.level)
-        logger.setLevel(logging.INFO)
 
     def run_script(self, *args) -> str:
         """What a run prints, in this process."""
+        logger = logging.getLogger("mingpt")
+        level = logger.level
+        logger.setLevel(logging.INFO)
         status, printed, errors = run_here(finetune.main, *args)
+        logger.setLevel(level)
         self.assertEqual((status, errors), (0, ""), printed)
         return printed
 

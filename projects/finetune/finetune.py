@@ -23,7 +23,7 @@ from mingpt.checkpoint import read_checkpoint
 from mingpt.data import TokenDataset, read_text
 from mingpt.model import GPT
 from mingpt.pretrained import crop_model, load_encoder, save_encoder
-from mingpt.processes import rank
+from mingpt.processes import gather, rank
 from mingpt.run import Run
 from mingpt.utils import CN, check_config, run_script, set_seed, setup_logging
 
@@ -195,10 +195,15 @@ def train(config: CN) -> None:
 
     run.add_callback("on_train_start", report_start)
     run.run()
-    if config.trainer.keep_best and (work_dir / "best.pt").exists():
-        best = read_checkpoint(work_dir / "best.pt")
+    best = None
+    if rank() == 0 and config.trainer.keep_best and (work_dir / "best.pt").exists():
+        saved = read_checkpoint(work_dir / "best.pt")
+        best = {"model": saved["model"], "step": saved["iter_num"]}
+    # Processes on other machines do not have this file.
+    best = gather(best)[0]
+    if best is not None:
         model.load_state_dict(best["model"])
-        logger.info(f"the best model is that of step {best['iter_num']}")
+        logger.info(f"the best model is that of step {best['step']}")
     # The model is safe before anything else can fail.
     if rank() == 0:
         model.save_pretrained(work_dir / "model")
