@@ -24,7 +24,10 @@ PART_CHARACTERS = 1 << 16
 
 
 def read_text(path: str | Path) -> str:
-    """Reads UTF-8, with each line end as \\n; ValueError for no file or another encoding."""
+    """Reads a text file in UTF-8; ValueError if there is none or it has another encoding.
+
+    A byte order mark is dropped, and each line end becomes \\n.
+    """
     return "".join(_read_parts(path))
 
 
@@ -46,7 +49,8 @@ def encode_file(encoder, path: str | Path, out: str | Path, allowed_special=()) 
     """Encodes a text file to a file of uint16 tokens, and returns their number.
 
     They are the tokens of encoder.encode(read_text(path), allowed_special), but memory
-    holds only a part of the text, or one run of letters if that is longer.
+    holds only a part of the text, or one run of letters if that is longer. ValueError for
+    a text that is not UTF-8 or too large a vocabulary; an older `out` then stays as it is.
     """
     path = Path(path).expanduser()
     out = Path(out).expanduser()
