@@ -84,12 +84,12 @@ class TokenDataset(Dataset):
     """Cuts a row of tokens into windows: x (T,), and y (T,), which is one token later.
 
     T is block_size; windows are `stride` apart. The last one would pass the end, so it
-    starts earlier; targets it shares with the one before are ignored (-1). Both are 4 here:
+    starts earlier; targets it shares with the one before are ignored (-1). With 4 and 4:
 
-        0 1 2 3 4 5 6 7 8 9     tokens
-        0 1 2 3                 x, y =  1  2  3  4
-                4 5 6 7         x, y =  5  6  7  8
-                  5 6 7 8       x, y = -1 -1 -1  9
+        tokens    0 1 2 3 4 5 6 7 8 9
+        x         0 1 2 3                y   1  2  3  4
+                          4 5 6 7            5  6  7  8
+                            5 6 7 8         -1 -1 -1  9
     """
 
     def __init__(self, tokens, block_size: int, stride: int = 1):
