@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import unittest
 import warnings
 from collections.abc import Callable
@@ -130,11 +131,17 @@ def _be_a_script(main: Callable, args: list[str], output: str, environment: dict
 
     # The exit handlers so far are the parent's: they would remove its folders.
     atexit._clear()
+    code = 0
     try:
         run_script(main)
-    finally:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.exit(code)
 
 
 class Script:
