@@ -1,0 +1,108 @@
+"""
+The table and the picture of the ladder, from the rows that ladder.py has written.
+
+    python projects/ladder/report.py                           # of out/ladder
+    python projects/ladder/report.py projects/ladder/results   # of another folder
+
+Several seeds stand side by side. The picture needs matplotlib.
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+from mingpt.utils import run_script
+
+
+def read_results(folder: Path) -> dict[str, list[dict]]:
+    """Reads rung -> its rows, one for each seed; of several with one seed the last counts."""
+    rows = {}
+    for path in sorted(folder.glob("seed-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            rows[row["rung"], row["seed"]] = row
+    if not rows:
+        raise ValueError(f"there are no results in {folder}; run ladder.py first")
+    results = {}
+    for (name, _), row in rows.items():
+        results.setdefault(name, []).append(row)
+    return results
+
+
+def format_table(results: dict[str, list[dict]]) -> str:
+    """Formats the table in Markdown: medians over the seeds, and the gain of each rung.
+
+    The gain is against the rung before, or the rung that a row names. Below 0.01 it is
+    called noise: seeds differ by as much.
+    """
+    lines = ["| rung | parameters | seconds | loss | gain | loss in the same seconds |",
+             "|---|---|---|---|---|---|"]
+    before = ""
+    for name, rows in results.items():
+        against = rows[0]["against"] or before
+        before = name
+        gain = ""
+        if against in results:
+            difference = median(results[against], "loss") - median(rows, "loss")
+            gain = f"{difference:+.3f}" if abs(difference) >= 0.01 else "noise"
+        cells = [name, f"{rows[0]['parameters']:,}", f"{median(rows, 'seconds'):.1f}",
+                 format_losses(rows, "loss"), gain, format_losses(rows, "loss_in_time")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def median(rows: list[dict], field: str) -> float:
+    return statistics.median(row[field] for row in rows)
+
+
+def format_losses(rows: list[dict], field: str) -> str:
+    """Formats the median over the seeds, the least and the largest: 1.7012 (1.695 to 1.710)."""
+    values = [row[field] for row in rows if field in row]
+    if not values:
+        return ""
+    text = f"{statistics.median(values):.4f}"
+    if len(values) > 1:
+        text += f" ({min(values):.3f} to {max(values):.3f})"
+    return text
+
+
+def draw(results: dict[str, list[dict]], path: Path) -> None:
+    """Draws the losses: all rungs in a panel above, ModernGPT without its parts below."""
+    from matplotlib.figure import Figure
+    rungs = [name for name in results if "ModernGPT without" not in name]
+    variants = [name for name in results if "ModernGPT" in name]
+    panels = [names for names in (rungs, variants) if names]
+
+    heights = [len(names) for names in panels]
+    figure = Figure(figsize=(8, 1 + 0.32 * sum(heights)), layout="constrained")
+    columns = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)  # (panels, 1)
+    for axes, names in zip(columns[:, 0], panels):
+        draw_panel(axes, names, results)
+    columns[0, 0].legend(title="each rung had")
+    columns[-1, 0].set_xlabel("loss on the held-out text, nats per character (lower is better)")
+    figure.savefig(path, dpi=110)
+
+
+def draw_panel(axes, names: list[str], results: dict[str, list[dict]]) -> None:
+    """Draws a dot for each rung and seed, a colour for each column of the table."""
+    for field, color, label in (("loss", "C0", "the same characters"),
+                                ("loss_in_time", "C1", "the same seconds")):
+        places = [(row[field], y) for y, name in enumerate(names)
+                  for row in results[name] if field in row]
+        axes.plot([x for x, _ in places], [y for _, y in places], "o", color=color, ms=5,
+                  alpha=0.7, label=label)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+
+
+def main(args: list[str]) -> None:
+    folder = Path(args[0] if args else "./out/ladder")
+    results = read_results(folder)
+    print(format_table(results))
+    draw(results, folder / "ladder.png")
+    print(f"the picture is {folder / 'ladder.png'}")
+
+
+if __name__ == "__main__":
+    run_script(main)
