@@ -90,31 +90,24 @@ class Oracle(Folder):
 
 class Encode(Oracle):
     def test_texts(self):
+        files = vocabulary_folder() / "encoder.json", vocabulary_folder() / "vocab.bpe"
+        theirs = tokenizers.Tokenizer(models.BPE.from_file(*map(str, files)))
+        theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         for text in [*TEXTS, "".join(TEXTS)]:
             self.check(text)
+            self.assertEqual(self.encoder.encode(text), theirs.encode(text).ids, repr(text))
             shown = self.encoder.encode_and_show_work(text)
             numbers = [number for part in shown["parts"] for number in part["token_ix"]]
             self.assertEqual(numbers, self.encoder.encode(text))
             self.assertEqual(shown["bpe_idx"], numbers)
             self.assertEqual("".join(shown["tokens"]), text)
 
-    def test_tokenizers_agrees(self):
-        folder = vocabulary_folder()
-        theirs = tokenizers.Tokenizer(models.BPE.from_file(
-            str(folder / "encoder.json"), str(folder / "vocab.bpe")))
-        theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        for text in TEXTS:
-            self.assertEqual(self.encoder.encode(text), theirs.encode(text).ids, repr(text))
-
-    def test_characters_of_the_basic_plane_between_others(self):
-        chars = filter(is_old, map(chr, [*range(0x3100), *range(0x3100, 0x10000, 13)]))
+    def test_characters_between_others(self):
+        chars = filter(is_old, map(chr, [*range(0x3100), *range(0x3100, 0x110000, 29)]))
         self.check("".join(f"a{char} {char}{char}1" for char in chars))
-
-    def test_random_strings(self):
         rng = random.Random(1)
-        everything = "".join(filter(is_old, map(chr, range(0, 0x110000, 7))))
-        alphabets = [string.ascii_letters + " '", string.printable, " \t\n\r\x0b\x85\xa0\u2003ab1!",
-                     "aAé语🤗ж١½'’ \n\u200d\u0301", everything]
+        alphabets = (string.ascii_letters + " '", string.printable, " \t\n\r\x0b\x85\xa0\u2003ab1!",
+                     "aAé语🤗ж١½'’ \n\u200d\u0301")
         for _ in range(10_000):
             self.check("".join(rng.choices(rng.choice(alphabets), k=rng.randint(0, 24))))
 
@@ -135,10 +128,6 @@ class Encode(Oracle):
                              self.encoder.encode(text))
         theirs = self.tiktoken.encode(f"\ufffd{EOT}\ufffd", allowed_special="all")
         self.assertEqual(self.encoder.encode(f"\ud800{EOT}\udfff", EOT), theirs)
-
-    def test_pickle(self):
-        copy = pickle.loads(pickle.dumps(self.encoder))
-        self.assertEqual(copy.encode("Hello world"), self.encoder.encode("Hello world"))
 
 
 class Merges(Oracle):
@@ -185,17 +174,14 @@ class Cache(Oracle):
             self.assertLess(sum(entries) + sys.getsizeof(cache), 100_000)
         encoder.encode("x" * 100_000)
         self.assertNotIn("x" * 100_000, cache)
-
-    def test_a_known_line_is_not_merged_again(self):
-        encoder = get_encoder()
-        line = "=" * 70 + " " + "-" * 79 + "\n" + "word,word." * 20
+        line = "=" * 70 + " " + "word,word." * 9
         tokens = encoder.encode(line)
         with mock.patch.object(encoder, "_merge", side_effect=AssertionError):
             self.assertEqual(encoder.encode(line), tokens)
 
-    def test_threads_share_an_encoder(self):
+    def test_threads_share_an_encoder_that_was_pickled(self):
         self.patch(mock.patch("mingpt.bpe.CACHE_BYTES", 5_000))
-        encoder = get_encoder()
+        encoder = pickle.loads(pickle.dumps(self.encoder))
         texts = [" ".join(random.Random(i).sample(TEXTS, len(TEXTS))) * 10 for i in range(4)]
         results = {}
         def work(i):

@@ -68,6 +68,7 @@ class Recipes(Folder):
 
     def test_save_and_load_weights(self):
         names = self.run_recipe("Save and load weights", before="first = model.state_dict()")
+        self.assertTrue((self.folder / "model.pt").exists())
         for name, weight in names["model"].state_dict().items():
             self.assertTrue(weight.equal(names["first"][name]))
 
@@ -105,7 +106,7 @@ class Recipes(Folder):
     def test_epochs(self):
         before = ("seen = []\nclass Watched(TokenDataset):\n    def __getitems__(self, indices):\n"
                   "        seen.extend(indices)\n        return super().__getitems__(indices)\n"
-                  "train_dataset = Watched(tokens, block_size=16)")
+                  "train_dataset = Watched(tokens[:100], block_size=16)")
         names = self.run_recipe("Epochs", before=before)
         count = len(names["train_dataset"])
         self.assertEqual(sorted(names["seen"][:count]), list(range(count)))
@@ -122,8 +123,10 @@ class Recipes(Folder):
 
     def test_padding(self):
         names = self.run_recipe("Padding", before="model.eval()")
-        total = sum(names["model"](torch.tensor([row[:-1]]), torch.tensor([row[1:]]))[1] *
-                    (len(row) - 1) for row in names["rows"])
+        total = 0
+        for row in names["rows"]:
+            _, loss = names["model"](torch.tensor([row[:-1]]), torch.tensor([row[1:]]))
+            total += loss * (len(row) - 1)
         torch.testing.assert_close(names["loss"], total / 6)
 
     def test_a_classifier(self):
@@ -142,8 +145,8 @@ class Recipes(Folder):
         x, y = (part[None] for part in names["train_dataset"][0])
         logits, loss = calm(x, y)
         plain = torch.nn.functional.cross_entropy(logits[0], y[0])
-        self.assertAlmostEqual(loss.item(), plain.item() + 1e-4 * logits.logsumexp(-1).square()
-                               .mean().item(), 4)
+        extra = 1e-4 * logits.logsumexp(dim=-1).square().mean()
+        torch.testing.assert_close(loss, plain + extra)
         self.assertEqual(calm.generate(x[:, :3], 4).shape, (1, 7))
 
     def test_attention_weights_and_hidden_states(self):
@@ -154,8 +157,8 @@ class Recipes(Folder):
             torch.testing.assert_close(weights.sum(-1), torch.ones(1, 3, 4))
 
     def test_lora(self):
-        names = self.run_recipe("LoRA", before="first = {k: v.clone() for k, v in "
-                                                "model.state_dict().items()}")
+        before = "import copy\nfirst = copy.deepcopy(model.state_dict())"
+        names = self.run_recipe("LoRA", before=before)
         model = names["model"]
         for key, weight in model.state_dict().items():
             if ".c_attn.1." not in key and ".c_attn.2." not in key:
@@ -184,7 +187,7 @@ class Recipes(Folder):
         self.assertAlmostEqual(float(names["printed"].split()[0]), -4 * loss.item(), 4)
 
     def test_gradient_checkpointing(self):
-        before = "import copy\ntwin = copy.deepcopy(model)\nsettings.seed = 1\nmodel.eval()"
+        before = "import copy\ntwin = copy.deepcopy(model)"
         names = self.run_recipe("Gradient checkpointing", before=before)
         x, y = (part[None] for part in names["train_dataset"][0])
         model = names["model"].eval()
