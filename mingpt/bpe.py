@@ -88,7 +88,7 @@ class Encoder:
             self.special_tokens["<|endoftext|>"] = encoder["<|endoftext|>"]
         if special_tokens is not None:
             self.special_tokens.update(special_tokens)
-        # It stands between two texts. None: the vocabulary lacks it.
+        # <|endoftext|> stands between two texts. None: the vocabulary lacks it.
         self.eot_token = self.special_tokens.get("<|endoftext|>")
 
         self.decoder = {n: t for t, n in encoder.items()}
@@ -138,24 +138,17 @@ class Encoder:
         # Latin-1 reads a byte as the character of its number.
         return word.encode("utf-8").decode("latin-1").translate(self.byte_encoder)
 
-    def bpe(self, token: str) -> str:
+    def bpe(self, token: str, on_merge: Callable = lambda rank, symbols: None) -> str:
         """Merges the symbols of a spelled word, the plain way: "lowlevel" -> "low level"."""
-        symbols = list(token)
-        for _, symbols in self.merge_steps(token):
-            pass
-        return " ".join(symbols)
-
-    def merge_steps(self, token: str) -> Iterator[tuple[float, list[str]]]:
-        """Yields (rank of a merge, symbols after it), until no neighbours can be merged."""
         symbols = list(token)
         while True:
             ranks = [self.bpe_ranks.get(pair, math.inf) for pair in zip(symbols, symbols[1:])]
-            rank = min(ranks, default=math.inf)
-            if rank == math.inf:
-                return
-            i = ranks.index(rank)
-            symbols = [*symbols[:i], symbols[i] + symbols[i + 1], *symbols[i + 2 :]]
-            yield rank, symbols
+            lowest = min(ranks, default=math.inf)
+            if lowest == math.inf:
+                return " ".join(symbols)
+            i = ranks.index(lowest)
+            symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+            on_merge(lowest, symbols)
 
     def _merge(self, token: str) -> list[str]:
         """Merges as bpe does, but takes n log n steps for n symbols.
@@ -323,8 +316,7 @@ def show(text: str) -> None:
     print(row("word", "rank", "symbols"))
     for part in encoder.encode_and_show_work(text)["parts"]:
         print(row(repr(part["token"]), "", " ".join(part["token_translated"])))
-        for rank, symbols in encoder.merge_steps(part["token_translated"]):
-            print(row("", rank, " ".join(symbols)))
+        encoder.bpe(part["token_translated"], lambda rank, now: print(row("", rank, " ".join(now))))
         print(row("", "tokens", " ".join(map(str, part["token_ix"]))))
 
 
