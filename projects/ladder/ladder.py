@@ -111,9 +111,9 @@ class Mean(nn.Module):
 
 
 class Attention(nn.Module):
-    """Gives each character a weighted mean, whose weights depend on what both hold.
+    """Gives each character a weighted mean of the past, with weights that it chooses itself.
 
-    softmax(q kᵀ / sqrt(hs)) v, for each head by itself (Vaswani et al. 2017, section 3.2).
+    Its query is compared with every key; the paper is Vaswani et al. 2017.
     """
 
     def __init__(self, n_embd: int, n_head: int):
@@ -166,9 +166,7 @@ class OneLayer(nn.Module):
 
     def add(self, x: Tensor, new: Tensor) -> Tensor:
         """Adds to the residual stream, or puts the new in its place where there is none."""
-        if self.residual:
-            return x + new
-        return new
+        return x + new if self.residual else new
 
 
 class Rung(NamedTuple):
@@ -184,10 +182,6 @@ class Rung(NamedTuple):
 def one_layer(mix: Callable[[int], nn.Module], **parts: bool) -> Callable[[CfgNode], nn.Module]:
     """Returns a function that builds a OneLayer around mix(n_embd), with these parts."""
     return lambda c: OneLayer(c.vocab_size, c.block_size, c.n_embd, mix(c.n_embd), **parts)
-
-
-def shallow(config: CfgNode) -> nn.Module:
-    return GPT(CfgNode(**vars(config) | {"n_layer": 1}))
 
 
 def without(part: str) -> Rung:
@@ -211,7 +205,8 @@ RUNGS = [
     Rung("+ LayerNorm", one_layer(FOUR_HEADS, mlp=True, residual=True, norm=True), 1e-2),
     Rung("GPT", GPT, 6e-3),
     Rung("GPT with Muon", GPT, 1e-2, "muon"),
-    Rung("one-layer GPT with Muon", shallow, 1e-2, "muon", "GPT with Muon"),
+    Rung("one-layer GPT with Muon", lambda c: GPT(CfgNode(**vars(c) | {"n_layer": 1})), 1e-2,
+         "muon", "GPT with Muon"),
     Rung("ModernGPT", ModernGPT, 1e-2, "muon"),
     without("rotary"),
     without("rms_norm"),
