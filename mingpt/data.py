@@ -40,7 +40,8 @@ def _read_parts(path: str | Path) -> Iterator[str]:
             yield from iter(lambda: file.read(PART_CHARACTERS), "")
         except UnicodeDecodeError as error:
             # error.object ends where the file is read to
-            place = file.buffer.tell() - len(error.object) + error.start
+            end = file.buffer.tell()  # type: ignore[attr-defined]
+            place = end - len(error.object) + error.start
             raise ValueError(f"{path} is not UTF-8 text: byte {error.object[error.start]:#04x} "
                              f"at position {place}; save it as UTF-8 first") from None
 

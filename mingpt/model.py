@@ -115,7 +115,7 @@ class CausalSelfAttention(nn.Module):
         return self.attn_dropout(att) @ v  # (B, nh, T, S) @ (B, nh, S, hs) -> (B, nh, T, hs)
 
     @property
-    def bias(self) -> Tensor:
+    def bias(self) -> Any:
         """Returns minGPT's mask, (1, 1, block_size, block_size): 1 where a token may look.
 
         Whoever asks for it may change it, so attention goes by it from then on.
@@ -127,7 +127,7 @@ class CausalSelfAttention(nn.Module):
         return self.mask
 
     @bias.setter
-    def bias(self, mask: Tensor | None) -> None:
+    def bias(self, mask: Any) -> None:
         self.mask = mask
         self.fused = False
 
@@ -223,7 +223,7 @@ class GPT(nn.Module):
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * c.n_layer))
         if c.tie_weights:
-            self.lm_head.weight = self.transformer.wte.weight
+            self.tie_weights()
         self.register_load_state_dict_pre_hook(_adapt_state_dict)
 
         # Nothing has failed, so the caller's config may change.
@@ -238,9 +238,13 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
+    def tie_weights(self) -> None:
+        """Makes one matrix embed the tokens and score them at the end."""
+        self.lm_head.weight = self.transformer.wte.weight
+
     @property
     def is_tied(self) -> bool:
-        """Tells whether one matrix embeds the tokens and scores them at the end."""
+        """Tells whether one matrix does both."""
         return getattr(self.lm_head, "weight", None) is self.transformer.wte.weight
 
     def features(self, idx: Tensor, cache: list[KVCache] | None = None) -> Tensor:
@@ -296,7 +300,7 @@ class GPT(nn.Module):
         # A dict drops repetitions and keeps the order, which a checkpoint needs.
         decayed = dict.fromkeys(m.weight for m in linears if m.weight is not embedding)
         others = [p for p in self.parameters() if p not in decayed]
-        groups = [{"params": list(decayed)}, {"params": others, "weight_decay": 0.0}]
+        groups: list[dict] = [{"params": list(decayed)}, {"params": others, "weight_decay": 0.0}]
         if getattr(train_config, "optimizer", "adamw") == "muon":
             in_blocks = set(self.transformer.h.parameters())
             # Query, key and value are stacked in one matrix.

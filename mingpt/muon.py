@@ -56,23 +56,23 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
         """Changes every matrix that has a gradient."""
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    self._step_matrix(matrix, group)
+                    self._step_matrix(matrix, matrix.grad, group)
 
-    def _step_matrix(self, matrix: torch.Tensor, group: dict) -> None:
+    def _step_matrix(self, matrix: torch.Tensor, grad: torch.Tensor, group: dict) -> None:
         state = self.state[matrix]
         if not state:
             # exponential moving averages of the gradient and of each row's square
             state["gradient"] = torch.zeros_like(matrix)  # (m, n)
             state["row_square"] = torch.zeros_like(matrix[:, :1])  # (m, 1)
 
-        state["gradient"].lerp_(matrix.grad, 1 - group["momentum"])
+        state["gradient"].lerp_(grad, 1 - group["momentum"])
         # Nesterov's momentum looks one step ahead
-        gradient = matrix.grad.lerp(state["gradient"], group["momentum"])
+        gradient = grad.lerp(state["gradient"], group["momentum"])
         parts = gradient.chunk(group["parts"])
         direction = torch.cat([orthogonalize(part) for part in parts])  # (m, n)
 
@@ -80,7 +80,7 @@ class Muon(torch.optim.Optimizer):
         state["row_square"].lerp_(row_square, 1 - group["beta2"])
         direction = direction / (state["row_square"].sqrt() + 1e-8)
         # its length becomes 1, and that of the step 0.2 for each weight
-        direction = F.normalize(direction, dim=(0, 1))
+        direction = F.normalize(direction, dim=(0, 1))  # type: ignore[arg-type]
         length = group["lr"] * 0.2 * math.sqrt(matrix.numel())
 
         matrix.mul_(1 - group["lr"] * group["weight_decay"])
@@ -106,7 +106,7 @@ class JoinedOptimizer(torch.optim.Optimizer):
             part.param_groups = [next(groups) for _ in part.param_groups]
             part.state = self.state
 
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
         """Takes a step of each part."""
         for part in self.parts:
             part.step()

@@ -18,7 +18,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,12 @@ class Run(Trainer):
     @staticmethod
     def get_default_config() -> CN:
         C = Trainer.get_default_config()
-        # Steps between two of a kind; 0 turns them off.
-        C.log_interval = 100  # reports
-        C.eval_interval = 0  # validations
-        C.checkpoint_interval = 0  # checkpoints; the last step is saved anyway
+        C.log_interval = 100  # steps between reports; 0 turns them off
+        C.eval_interval = 0  # steps between validations; 0 turns them off
+        C.checkpoint_interval = 0  # steps between checkpoints; the last step is saved anyway
         C.eval_batches = None  # batches of a validation; None takes the whole dataset
         C.keep_best = False  # also keep best.pt, the checkpoint of the lowest validation loss
-        C.resume = None  # True goes on from checkpoint.pt; 'auto' does so if there is one
+        C.resume = None  # True goes on from checkpoint.pt; 'auto' does so if there is one, else starts
         return C
 
     def __init__(self, config: CN, model: nn.Module, train_dataset: Any,
@@ -67,7 +66,8 @@ class Run(Trainer):
         work_dir = work_dir or getattr(config, "work_dir", "")
         if not work_dir and (config.resume or config.keep_best):
             raise ValueError("got resume or keep_best without a folder, expected work_dir")
-        self.work_dir = Path(work_dir).expanduser() if work_dir else None
+        self.writes = bool(work_dir)
+        self.work_dir = Path(work_dir or ".").expanduser()
         self.val_dataset = val_dataset
         self.val_loss: float | None = None  # of the last validation
         self.best_loss = math.inf  # of all validations
@@ -96,7 +96,7 @@ class Run(Trainer):
             self.best_loss = math.inf
             self.elapsed = 0.0
         self._forget_report()
-        if self.work_dir is not None:
+        if self.writes:
             # What could not be read back is refused now, not after hours.
             checkpoint.make_plain(self._content([]))
             if processes.rank() == 0:
@@ -113,7 +113,7 @@ class Run(Trainer):
         else:
             checkpoint.keep_rows(self.work_dir / "metrics.jsonl", self.steps_done)
 
-    def draw_batches(self) -> Iterator[list]:
+    def draw_batches(self) -> Generator[list, None, None]:
         # Callbacks at the start may have drawn random numbers.
         if self._random_state is not None:
             checkpoint.set_random_state(self._random_state, self.device_type)
@@ -142,7 +142,7 @@ class Run(Trainer):
             self.report()
         if self.val_dataset is not None and self._is_due("eval"):
             self.validate()
-        if self.work_dir is not None and (is_told or self.is_done() or self._is_due("checkpoint")):
+        if self.writes and (is_told or self.is_done() or self._is_due("checkpoint")):
             self._check_finite()
             self.save_checkpoint(self.work_dir / "checkpoint.pt")
         if is_told and not self.is_done():
@@ -159,7 +159,7 @@ class Run(Trainer):
     def _leave(self) -> None:
         """Ends a run that a signal has stopped."""
         text = f"stopped after step {self.steps_done}"
-        if self.work_dir is not None:
+        if self.writes:
             text += "; saved, --trainer.resume=True continues"
         logger.info(text)
         if self.signals.is_interrupt:
@@ -242,7 +242,7 @@ class Run(Trainer):
 
     def write_metrics(self, **row: Any) -> None:
         """Adds a row to metrics.jsonl in work_dir; callbacks may add rows of their own."""
-        if self.work_dir is not None and processes.rank() == 0:
+        if self.writes and processes.rank() == 0:
             row = {name: checkpoint.finite_or_none(value) for name, value in row.items()}
             self.work_dir.mkdir(parents=True, exist_ok=True)
             path = self.work_dir / "metrics.jsonl"

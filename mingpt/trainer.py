@@ -16,7 +16,7 @@ import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -51,8 +51,8 @@ class Trainer:
     def get_default_config() -> CN:
         C = CN()
         # How to compute.
-        C.device = "auto"  # cuda, else mps, else cpu; or a device of torch
-        C.dtype = "auto"  # bfloat16 on a GPU that has it, else float32; or float16
+        C.device = "auto"  # takes cuda, else mps, else cpu; or any device of torch
+        C.dtype = "auto"  # bfloat16 on a GPU that has it, else float32; or float32, bfloat16, float16
         C.compile = False  # torch.compile: a minute at the start, faster from there
         C.num_workers = 0  # processes that prepare batches; 0 prepares them in this one
         # What to learn from.
@@ -62,10 +62,10 @@ class Trainer:
         C.seed = None  # of the examples drawn; None takes a new one for each run
         C.replacement = True  # False shows every example once before any comes again
         # The optimizer.
-        C.optimizer = "adamw"  # or 'muon', if the model's configure_optimizers knows it
+        C.optimizer = "adamw"  # 'adamw', or 'muon' for the matrices of a GPT's blocks
         C.momentum = 0.95  # of Muon
-        C.learning_rate = 3e-4
-        C.schedule = "constant"  # of the learning rate; or 'cosine', 'linear': decays to min_lr
+        C.learning_rate = 3e-4  # the highest of the run
+        C.schedule = "constant"  # of the learning rate: 'constant', 'cosine' or 'linear'
         C.warmup_iters = 0  # steps in which the learning rate rises to its value
         C.lr_decay_iters = None  # step at which the decay ends; None is max_iters
         C.min_lr = 0.0  # learning rate at the end of the decay
@@ -81,7 +81,7 @@ class Trainer:
         """
         defaults = vars(self.get_default_config())
         fill_in(config, defaults, [*defaults, *RUN_FIELDS], "Trainer")
-        foreign = [name for name in RUN_FIELDS if name not in defaults and getattr(config, name, 0)]
+        foreign = [name for name in RUN_FIELDS if name not in defaults and getattr(config, name, None)]
         if foreign:
             logger.warning(f"Trainer ignores {', '.join(foreign)}: see Run in mingpt/run.py")
         self.config = config
@@ -97,7 +97,7 @@ class Trainer:
         if config.batch_size % parts:
             raise ValueError(f"got batch_size={config.batch_size}, expected a multiple of {parts}, "
                              "the number of processes times grad_accum_steps")
-        self.model = model.to(self.device)
+        self.model: Any = model.to(self.device)
         self.train_dataset = train_dataset
         self.callbacks: dict[str, list[Callable]] = defaultdict(list)
         self.optimizer: Any = None  # made when run() starts
@@ -215,7 +215,7 @@ class Trainer:
             return int(self.config.seed) + self.runs_done
         return processes.gather(int(torch.randint(2**31, ())))[0]
 
-    def draw_batches(self) -> Iterator[list]:
+    def draw_batches(self) -> Generator[list, None, None]:
         """Yields the batch of each step, as a list of micro-batches (x, y).
 
         The batch of step i depends on the seed and i alone.
@@ -277,7 +277,7 @@ class Trainer:
             self.scaler.scale(loss).backward()
             self.loss = self.loss + loss.detach()
 
-    def compute(self, network: Callable, x: Tensor, y: Tensor) -> tuple:
+    def compute(self, network: Callable, x: Tensor, y: Tensor) -> Any:
         """Runs the network on a batch and returns (output, loss)."""
         x = x.to(self.device, non_blocking=True)
         y = y.to(self.device, non_blocking=True)
