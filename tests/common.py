@@ -103,7 +103,10 @@ def run_here(main: Callable, *args) -> tuple[int, str, str]:
     errors = io.StringIO()
     argv = mock.patch.object(sys, "argv", [f"{main.__module__}.py", *map(str, args)])
     status = 0
-    with argv, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
+    with (argv, contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors),
+          warnings.catch_warnings()):
+        # unittest shows these warnings of other packages; Python does not.
+        warnings.simplefilter("ignore", DeprecationWarning)
         try:
             run_script(main)
         except SystemExit as left:
