@@ -53,7 +53,7 @@ class Run(Trainer):
         C.checkpoint_interval = 0  # steps between checkpoints; the last step is saved anyway
         C.eval_batches = None  # batches of a validation; None takes the whole dataset
         C.keep_best = False  # also keep best.pt, the checkpoint of the lowest validation loss
-        C.resume = None  # True goes on from checkpoint.pt; 'auto' does so if there is one, else starts
+        C.resume = None  # True goes on from checkpoint.pt; 'auto' also starts if there is none
         return C
 
     def __init__(self, config: CN, model: nn.Module, train_dataset: Any,
@@ -74,6 +74,7 @@ class Run(Trainer):
         self.elapsed = 0.0  # seconds of training, those before a resume included
         self.signals = processes.Signals()
         self._random_state: dict | None = None  # to be restored
+        self._is_asked = False  # whether this process was asked to stop
         self._forget_report()
         if config.resume:
             path = self.work_dir / "checkpoint.pt"
@@ -91,6 +92,7 @@ class Run(Trainer):
 
     def begin(self) -> Callable:
         is_new = not self.goes_on
+        self._is_asked = False
         network = super().begin()
         if is_new:
             self.best_loss = math.inf
@@ -137,16 +139,24 @@ class Run(Trainer):
         """Reports, validates and saves where it is due, and stops if that is asked for."""
         # One process that was asked to stop is enough.
         is_told = processes.sum_over_processes(self.signals.received is not None) > 0
-        self.is_stopping = processes.sum_over_processes(self.is_stopping) > 0
+        self._agree_to_stop()
         if self._is_due("log"):
             self.report()
         if self.val_dataset is not None and self._is_due("eval"):
             self.validate()
+            self._agree_to_stop()
         if self.writes and (is_told or self.is_done() or self._is_due("checkpoint")):
             self._check_finite()
             self.save_checkpoint(self.work_dir / "checkpoint.pt")
         if is_told and not self.is_done():
             self._leave()
+
+    def stop(self) -> None:
+        """Ends the run after this step, as if it were the last one; one process is enough."""
+        self._is_asked = True
+
+    def _agree_to_stop(self) -> None:
+        self.is_stopping = processes.sum_over_processes(self._is_asked) > 0
 
     def _is_due(self, what: str) -> bool:
         """Tells whether reports ("log"), validations or checkpoints are due after this step."""
