@@ -52,7 +52,7 @@ class Trainer:
         C = CN()
         # How to compute.
         C.device = "auto"  # takes cuda, else mps, else cpu; or any device of torch
-        C.dtype = "auto"  # bfloat16 on a GPU that has it, else float32; or float32, bfloat16, float16
+        C.dtype = "auto"  # takes bfloat16 on a GPU that has it, else float32; or float16
         C.compile = False  # torch.compile: a minute at the start, faster from there
         C.num_workers = 0  # processes that prepare batches; 0 prepares them in this one
         # What to learn from.
@@ -81,7 +81,8 @@ class Trainer:
         """
         defaults = vars(self.get_default_config())
         fill_in(config, defaults, [*defaults, *RUN_FIELDS], "Trainer")
-        foreign = [name for name in RUN_FIELDS if name not in defaults and getattr(config, name, None)]
+        foreign = [name for name in RUN_FIELDS
+                   if name not in defaults and getattr(config, name, None)]
         if foreign:
             logger.warning(f"Trainer ignores {', '.join(foreign)}: see Run in mingpt/run.py")
         self.config = config
