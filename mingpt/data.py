@@ -39,7 +39,7 @@ def _read_parts(path: str | Path) -> Iterator[str]:
         try:
             yield from iter(lambda: file.read(PART_CHARACTERS), "")
         except UnicodeDecodeError as error:
-            # error.object ends where the file is read to
+            # The bytes of error.object end where the file is read to.
             end = file.buffer.tell()  # type: ignore[attr-defined]
             place = end - len(error.object) + error.start
             raise ValueError(f"{path} is not UTF-8 text: byte {error.object[error.start]:#04x} "
@@ -61,8 +61,8 @@ def encode_file(encoder, path: str | Path, out: str | Path, allowed_special=()) 
         raise ValueError(f"the vocabulary goes up to {max(encoder.decoder)}, uint16 to 65535")
     special = [allowed_special] if isinstance(allowed_special, str) else list(allowed_special)
 
-    # A word ends where a letter meets another sign, and before white space. There the
-    # text is cut, but not between two characters that are neighbours in a special token.
+    # A word ends where a letter meets another sign, and before white space. The text
+    # is cut there, but not between two neighbours in a special token.
     neighbours = [regex.escape(token[i:i + 2]) for token in special for i in range(len(token) - 1)]
     inside = f"(?!{'|'.join(neighbours)})" if neighbours else ""
     last_cut = regex.compile(rf"(?r){inside}(?:\p{{L}}(?=\P{{L}})|\S(?=\s))")
@@ -120,7 +120,7 @@ class TokenDataset(Dataset):
         return torch.from_numpy(windows[:, :-1]), torch.from_numpy(targets)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        # a range refuses numbers past its end, and counts back from it
+        # A range refuses numbers past its end, and counts back from it.
         x, y = self.__getitems__([range(len(self))[index]])  # (1, T)
         return x[0], y[0]
 
@@ -168,12 +168,12 @@ def load_batches(dataset, index_lists: Iterable[list[int]], num_workers: int = 0
 
 
 def _collate(examples):
-    # a tuple is a batch that the dataset has built
+    # A tuple is a batch that the dataset has built.
     return examples if isinstance(examples, tuple) else default_collate(examples)
 
 
 def _ignore_signals(worker: int) -> None:
-    # the trainer finishes its step after a signal, then it ends its workers
+    # The trainer finishes its step after a signal, then it ends its workers.
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -24,17 +24,17 @@ def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     a, b and c small values grow fast: after five steps nearly all are 0.7 to 1.2.
     """
     if matrix.size(0) > matrix.size(1):
-        # the products of the transposed matrix are smaller
+        # The products of the transposed matrix are smaller.
         return orthogonalize(matrix.T, steps).T
 
     a, b, c = 3.4445, -4.7750, 2.0315
-    # no singular value is larger than the norm
+    # No singular value is larger than the norm.
     x = matrix / (matrix.norm() + 1e-7)
     for _ in range(steps):
         A = x @ x.T  # (m, m)
-        # addmm adds a product to a matrix in one pass: this is B = b A + c A A
+        # torch.addmm adds a product to a matrix in one pass. This is B = b A + c A A.
         B = torch.addmm(A, A, A, beta=b, alpha=c)  # (m, m)
-        # and this is x = a x + B x
+        # This is x = a x + B x.
         x = torch.addmm(x, B, x, beta=a)  # (m, n)
     return x
 
@@ -66,12 +66,12 @@ class Muon(torch.optim.Optimizer):
     def _step_matrix(self, matrix: torch.Tensor, grad: torch.Tensor, group: dict) -> None:
         state = self.state[matrix]
         if not state:
-            # exponential moving averages of the gradient and of each row's square
+            # Exponential moving averages of the gradient and of each row's square.
             state["gradient"] = torch.zeros_like(matrix)  # (m, n)
             state["row_square"] = torch.zeros_like(matrix[:, :1])  # (m, 1)
 
         state["gradient"].lerp_(grad, 1 - group["momentum"])
-        # Nesterov's momentum looks one step ahead
+        # Nesterov's momentum looks one step ahead.
         gradient = grad.lerp(state["gradient"], group["momentum"])
         parts = gradient.chunk(group["parts"])
         direction = torch.cat([orthogonalize(part) for part in parts])  # (m, n)
@@ -79,7 +79,7 @@ class Muon(torch.optim.Optimizer):
         row_square = direction.square().mean(dim=1, keepdim=True)  # (m, 1)
         state["row_square"].lerp_(row_square, 1 - group["beta2"])
         direction = direction / (state["row_square"].sqrt() + 1e-8)
-        # its length becomes 1, and that of the step 0.2 for each weight
+        # Its length becomes 1, and that of the step 0.2 for each weight.
         direction = F.normalize(direction, dim=(0, 1))  # type: ignore[arg-type]
         length = group["lr"] * 0.2 * math.sqrt(matrix.numel())
 

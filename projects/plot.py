@@ -29,7 +29,7 @@ def read_rows(path: Path) -> list[dict]:
         rows = [row for row in rows if row.get("split") in ("train", "val")]
     except (ValueError, AttributeError):
         rows = []
-    # a loss that was not finite is written as null
+    # A loss that was not finite is written as null.
     rows = [row for row in rows if row.get("loss") is not None]
     if not rows:
         raise ValueError(f"{path} has no row with a loss; give the metrics.jsonl of a run")

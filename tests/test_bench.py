@@ -20,7 +20,7 @@ from peers import PEERS
 
 class Bench(Folder):
     def test_every_part_at_toy_size(self):
-        # the bench sets variables of its process
+        # The bench sets variables of its process.
         with mock.patch.dict(os.environ):
             status, printed, errors = run_here(
                 bench.main, "--toy", "--rounds=1", f"--out={self.folder}")
@@ -70,7 +70,7 @@ class Bench(Folder):
         model = bench.make_models("toy", T=8, pdrop=0.0)[bench.OURS]
         linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
         weights = sum(linear.weight.numel() for linear in linears)
-        # scores and sums of values: two products, half of T tokens each
+        # Scores and sums of values: two products, half of T tokens each.
         attention = n_layer * 2 * C * 8 / 2
         self.assertEqual(bench.count_operations("toy", 8, 100), 100 * 2 * 3 * (weights + attention))
 
@@ -89,7 +89,7 @@ class Peers(unittest.TestCase):
         peer.load_state_dict(state)
         for one, other in zip(peer(self.x, self.y), self.gpt(self.x, self.y)):
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-        # past block_size, too
+        # Past block_size, too.
         written = peer.generate(self.x[:, :3], 8)
         self.assertTrue(torch.equal(written, self.gpt.generate(self.x[:, :3], 8)))
 

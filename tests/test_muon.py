@@ -27,7 +27,7 @@ class Directions(unittest.TestCase):
             s = s / s.norm()
             for _ in range(5):
                 s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
-            # 1e-7 added to the norm moves the values that little
+            # 1e-7 added to the norm moves the values that little.
             torch.testing.assert_close(
                 orthogonalize(matrix), u @ s.diag() @ v, atol=1e-4, rtol=1e-4)
 

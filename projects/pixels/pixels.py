@@ -27,7 +27,7 @@ from mingpt.utils import CfgNode, run_script, set_seed, setup_logging
 
 logger = logging.getLogger("mingpt.pixels")
 GREYS = 17  # 0 is white, 16 is black
-# how far a picture is moved: pixels down, pixels to the right
+# How far a picture is moved: pixels down, pixels to the right.
 MOVES = [(0, 0), (-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]
 HELD_OUT = 360  # pictures
 
@@ -40,7 +40,7 @@ def get_config() -> CfgNode:
     C.system.validation = False  # True holds out other pictures, to choose settings with
 
     C.model = GPT.get_default_config()
-    # the pictures decide these two
+    # The pictures decide these two.
     del C.model.vocab_size
     del C.model.block_size
     C.model.n_layer = 4
@@ -105,7 +105,7 @@ def count_bits(contexts: np.ndarray, pictures: np.ndarray) -> float:
 
     A grey level is as likely as it was frequent in the same context. Both are (N, 64).
     """
-    # Laplace's rule: one more than was seen, so that nothing is impossible
+    # Laplace's rule: one more than was seen, so that nothing is impossible.
     counts = np.ones((contexts.max() + 1, GREYS))
     np.add.at(counts, (contexts[:-HELD_OUT], pictures[:-HELD_OUT]), 1)
     p = counts / counts.sum(axis=1, keepdims=True)  # (contexts, GREYS)
@@ -127,11 +127,11 @@ def report(model: GPT, pictures: np.ndarray, digits: np.ndarray) -> None:
     held_out = pictures[-HELD_OUT:]
     truth = digits[-HELD_OUT:]
     log_p = log_likelihoods(model, held_out)  # (N, 10)
-    # p(picture) is the mean of p(picture | digit) over the ten digits
+    # The mean of p(picture | digit) over the ten digits is p(picture).
     log_picture = log_p.logsumexp(1) - math.log(10)  # (N,)
     log_told = log_p[range(HELD_OUT), truth]  # (N,)
     place = np.tile(np.arange(64), (len(pictures), 1))  # (N, 64)
-    # the neighbour at the left, and the one above
+    # The neighbour at the left, and the one above.
     neighbours = GREYS * move(pictures, 0, 1) + move(pictures, 1, 0)  # (N, 64)
 
     nats_to_bits = 1 / math.log(2) / 64
@@ -141,7 +141,7 @@ def report(model: GPT, pictures: np.ndarray, digits: np.ndarray) -> None:
     logger.info(f"  counts by place           {count_bits(place, pictures):.4f}")
     logger.info(f"  counts by two neighbours  {count_bits(neighbours, pictures):.4f}")
 
-    # Bayes: p(digit | picture) is highest where p(picture | digit) is
+    # Bayes: p(digit | picture) is highest where p(picture | digit) is.
     right = (log_p.argmax(1).numpy() == truth).mean()
     logistic = LogisticRegression(max_iter=5000).fit(pictures[:-HELD_OUT], digits[:-HELD_OUT])
     logger.info("held-out digits recognised, higher is better")
@@ -170,7 +170,7 @@ def draw_sheet(pictures: torch.Tensor, columns: list[str], rows: list[str], inch
     Pixels that are nan have the colour of the gaps. A tile is `inches` wide.
     """
     R, C, _ = pictures.shape
-    # the ninth line and the ninth column of a tile are the gap
+    # The ninth line and the ninth column of a tile are the gap.
     tiles = torch.full((R, 9, C, 9), math.nan)
     tiles[:, :8, :, :8] = pictures.view(R, C, 8, 8).transpose(1, 2)  # (R, 8, C, 8)
     grid = tiles.view(9 * R, 9 * C)[:-1, :-1]  # (R, 9, C, 9) -> (9R - 1, 9C - 1)
@@ -206,7 +206,7 @@ def draw_completions(model: GPT, pictures: np.ndarray, path: Path) -> None:
 
     Which digit each completion is meant to be stands in its corner.
     """
-    # the digit is drawn by p(digit | upper half)
+    # The digit is drawn by p(digit | upper half).
     likely = log_likelihoods(model, pictures, pixels=32).softmax(1)  # (10, 10)
     guesses = likely.multinomial(8, replacement=True)  # (10, 8)
     truth = torch.from_numpy(pictures)  # (10, 64)
@@ -237,7 +237,7 @@ def draw_attention(model: GPT, picture: np.ndarray, digit: int, path: Path) -> N
     sheet = torch.from_numpy(picture).float().repeat(n_layer, 1 + n_head, 1)
     sheet[:, 0, pixel:] = math.nan
     sheet[:, 1:, pixel:] = math.nan
-    # black is where the head looks most
+    # Black is where the head looks most.
     sheet[:, 1:, :pixel] = (GREYS - 1) * shares / shares.amax(-1, keepdim=True)
     columns = ["seen so far"] + [f"head {head}" for head in range(n_head)]
     axes = draw_sheet(sheet, columns, [f"block {i}" for i in range(n_layer)], inches=1.4)
@@ -251,7 +251,7 @@ def draw_attention(model: GPT, picture: np.ndarray, digit: int, path: Path) -> N
 
 def draw(model: GPT, pictures: np.ndarray, digits: np.ndarray, folder: Path) -> None:
     """Draws samples.png, completions.png and attention.png, with held-out pictures."""
-    # the first picture of each digit
+    # The first picture of each digit.
     _, places = np.unique(digits, return_index=True)
     first = pictures[places]  # (10, 64)
     draw_samples(model, pictures, digits, folder / "samples.png")
@@ -266,7 +266,7 @@ def main(args: list[str]) -> None:
     config.merge_from_args(args)
     set_seed(config.system.seed)
     pictures, digits = load_pictures(config.system.validation)
-    # half of the pictures that the model learns from are moved
+    # Half of the pictures that the model learns from are moved.
     ways = [0] * 7 + list(range(len(MOVES)))
     parts = [to_tokens(pictures[:-HELD_OUT], digits[:-HELD_OUT], way) for way in ways]
     train_dataset = ConcatDataset([TensorDataset(x, y) for x, y in parts])
@@ -277,7 +277,7 @@ def main(args: list[str]) -> None:
     model = GPT(config.model)
     work_dir = config.system.work_dir
     run = Run(config.trainer, model, train_dataset, val_dataset, work_dir=work_dir)
-    # only now, so that a refused resume changes no file
+    # Only now, so that a refused resume changes no file.
     setup_logging(config)
     run.run()
 
