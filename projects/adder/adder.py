@@ -72,7 +72,10 @@ class AdditionDataset(Dataset):
         return C
 
     def __init__(self, config: CfgNode, split: str):
-        """Chooses the test problems; `split` is "train" or "test". ValueError for other ndigit than 1 to 9."""
+        """Chooses the test problems; `split` is "train" or "test".
+
+        Raises ValueError for more than 9 digits, which int64 cannot count.
+        """
         if not 1 <= config.ndigit <= 9:
             raise ValueError(f"got --data.ndigit={config.ndigit}, expected 1 to 9")
         self.config = config
@@ -116,7 +119,7 @@ class AdditionDataset(Dataset):
         return torch.from_numpy(rows)
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Builds a batch at once: x (B, 3n), and y (B, 3n), which is -1 where the next token is of the problem."""
+        """Builds a batch, x and y (B, 3n) each; y is -1 where the next token is of the problem."""
         digits = self.digits(self.problems(indices))
         x = digits[:, :-1]
         y = digits[:, 1:].clone()
@@ -128,8 +131,12 @@ class AdditionDataset(Dataset):
         return x[0], y[0]
 
 
-def answer(model: GPT, dataset: AdditionDataset, problems: np.ndarray) -> np.ndarray:
-    """Has the model write the likeliest sums, (B,) problems -> (B,) sums."""
+def answer(model: GPT, dataset: AdditionDataset,
+           problems: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Has the model add problems (B,), each digit the likeliest.
+
+    Returns the sums (B,), and which of them are right (B,).
+    """
     n = dataset.config.ndigit
     device = model.lm_head.weight.device
     written = []
@@ -139,18 +146,14 @@ def answer(model: GPT, dataset: AdditionDataset, problems: np.ndarray) -> np.nda
     digits = np.concatenate(written)
     if dataset.config.reverse:
         digits = digits[:, ::-1]
-    return digits @ 10 ** np.arange(n, -1, -1)
+    sums = digits @ 10 ** np.arange(n, -1, -1)
+    return sums, sums == problems // 10 ** n + problems % 10 ** n
 
 
 def draw_problems(dataset: AdditionDataset, most: int = 10_000) -> np.ndarray:
-    """Draws `most` different problems of a split, or takes all in random order if there are no more."""
+    """Draws different problems of a split, always the same ones: all, if there are few."""
     rng = np.random.default_rng(0)
     return dataset.problems(rng.choice(len(dataset), min(len(dataset), most), replace=False))
-
-
-def add(problems: np.ndarray, n: int) -> np.ndarray:
-    """Adds the two numbers of each problem, (B,) -> (B,)."""
-    return problems // 10 ** n + problems % 10 ** n
 
 
 def count_carries(problems: np.ndarray, n: int) -> np.ndarray:
@@ -161,16 +164,23 @@ def count_carries(problems: np.ndarray, n: int) -> np.ndarray:
     return (a[:, None] % places + b[:, None] % places >= places).sum(axis=1)
 
 
-def describe(name: str, problems: np.ndarray, sums: np.ndarray, n: int) -> str:
-    """Writes a line of at most 80 columns: how many sums are right, and as many wrong ones as fit."""
-    right = sums == add(problems, n)
-    line = f"{name:>5}: {right.sum():,} of {len(right):,} sums exact"
-    mistakes = [f"{p // 10 ** n} + {p % 10 ** n} = {s}" for p, s in zip(problems[~right], sums[~right])]
+def share_by_carries(right: np.ndarray, problems: np.ndarray, n: int) -> dict[int, float]:
+    """Returns the share of right sums for each number of carries: {0: 0.98, 1: 0.91, 2: 0.9}."""
+    carries = count_carries(problems, n)
+    counts = np.unique(carries).tolist()
+    return {count: round(float(right[carries == count].mean()), 4) for count in counts}
+
+
+def describe(problems: np.ndarray, sums: np.ndarray, right: np.ndarray, n: int) -> str:
+    """Writes how many sums are right, and as many wrong ones as fit into 73 columns."""
+    text = f"{right.sum():,} of {len(right):,} sums exact"
+    a, b = np.divmod(problems, 10 ** n)
+    wrong = [f"{a[i]} + {b[i]} = {sums[i]}" for i in np.flatnonzero(~right)]
     # A mistake has at most 3n + 7 characters, and a separator has two.
-    shown = (80 - len(line) - len("; wrong")) // (3 * n + 9)
-    if mistakes:
-        line += "; wrong: " + "; ".join(mistakes[:shown])
-    return line
+    shown = (73 - len(text) - len("; wrong")) // (3 * n + 9)
+    if wrong:
+        text += "; wrong: " + "; ".join(wrong[:shown])
+    return text
 
 
 def main(args: list[str]) -> None:
@@ -190,13 +200,10 @@ def main(args: list[str]) -> None:
         n = config.data.ndigit
         for name, dataset in (("train", train_dataset), ("test", test_dataset)):
             problems = draw_problems(dataset)
-            sums = answer(model, dataset, problems)
-            right = sums == add(problems, n)
-            carries = count_carries(problems, n)
-            by_carries = {int(count): round(float(right[carries == count].mean()), 4)
-                          for count in np.unique(carries)}
-            logger.info(describe(name, problems, sums, n))
-            run.write_metrics(split=name, exact=round(float(right.mean()), 4), by_carries=by_carries)
+            sums, right = answer(model, dataset, problems)
+            logger.info(f"{name:>5}: {describe(problems, sums, right, n)}")
+            run.write_metrics(split=name, exact=round(float(right.mean()), 4),
+                              by_carries=share_by_carries(right, problems, n))
 
     run.add_callback("on_eval_end", report)
     run.run()

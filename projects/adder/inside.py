@@ -1,0 +1,123 @@
+"""
+Looks inside the trained adder: at its heads, and for the block that finds the carry.
+
+    python projects/adder/adder.py           trains it
+    python projects/adder/inside.py          prints tables and draws out/adder/heads.png
+    python projects/adder/inside.py FOLDER   does so for another run
+
+The digits of a problem are called by their places: a10 a1 b10 b1 and, from the last digit
+on, the sum's s1 s10 s100. All is measured on held-out problems. Needs matplotlib.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from adder import AdditionDataset, answer, draw_problems
+from matplotlib.figure import Figure
+
+from mingpt.checkpoint import read_checkpoint
+from mingpt.model import GPT
+from mingpt.utils import CfgNode, run_script
+
+
+def load_model(folder: Path) -> GPT:
+    """Loads the model of a run of adder.py."""
+    checkpoint = read_checkpoint(folder / "checkpoint.pt")
+    model = GPT(CfgNode(**checkpoint["model_config"])).eval()
+    model.load_state_dict(checkpoint["model"])
+    return model
+
+
+@torch.no_grad()
+def mean_attention(model: GPT, x: torch.Tensor) -> torch.Tensor:
+    """Computes where the heads look, on average: tokens (B, T) -> (n_layer, nh, T, T)."""
+    for block in model.transformer.h:
+        block.attn.fused = False
+    model(x)
+    return torch.stack([block.attn.att.mean(dim=0) for block in model.transformer.h])
+
+
+def share_without(model: GPT, dataset: AdditionDataset, layer: int, head: int) -> float:
+    """Returns the share of a split that is right while one head of a block adds nothing."""
+    attn = model.transformer.h[layer].attn
+    hs = attn.n_embd // attn.n_head
+
+    def switch_off(module, inputs):
+        y = inputs[0].clone()  # (B, T, C), the heads side by side
+        y[:, :, head * hs:(head + 1) * hs] = 0
+        return (y,)
+
+    hook = attn.c_proj.register_forward_pre_hook(switch_off)
+    _, right = answer(model, dataset, dataset.problems(range(len(dataset))))
+    hook.remove()
+    return float(right.mean())
+
+
+@torch.no_grad()
+def find_carry(model: GPT, dataset: AdditionDataset) -> list[float]:
+    """Finds out where the vector of s1 knows the carry: after the embedding, after each block.
+
+    62 + 33 = 95 and 67 + 38 = 105 are alike up to s1 but for a1 and b1. Only the second
+    has a carry. Its vector at s1 takes the place of the first problem's. Returns how often
+    the model then writes the second problem's s10: always, if that vector knows the carry.
+    """
+    n = dataset.config.ndigit
+    problems = draw_problems(dataset)
+    has_small_digits = (problems // 10 ** n % 10 < 5) & (problems % 10 < 5)
+    first = dataset.digits(problems[has_small_digits])  # (B, 3n + 1)
+    second = dataset.digits(problems[has_small_digits] + 5 * 10 ** n + 5)  # (B, 3n + 1)
+    shares = []
+    for part in [model.transformer.drop, *model.transformer.h]:
+        seen = []
+        hook = part.register_forward_hook(lambda module, inputs, x: seen.append(x[:, -1:]))
+        model(second[:, :2 * n + 1])
+        hook.remove()
+        hook = part.register_forward_hook(
+            lambda module, inputs, x: torch.cat((x[:, :-1], seen[0]), dim=1))
+        logits = model(first[:, :2 * n + 1])[0]  # (B, 2n + 1, V)
+        hook.remove()
+        is_second = logits[:, -1].argmax(dim=-1) == second[:, 2 * n + 1]  # (B,)
+        shares.append(float(is_second.float().mean()))
+    return shares
+
+
+def draw_heads(att: torch.Tensor, names: list[str], path: Path) -> None:
+    """Draws how much each head looks at each digit while it writes the digits of the sum."""
+    n_layer, n_head, T, _ = att.shape
+    figure = Figure(figsize=(3 * n_head, 2 * n_layer), layout="constrained")
+    axes = figure.subplots(n_layer, n_head, sharex=True, sharey=True, squeeze=False)
+    for (layer, head), panel in np.ndenumerate(axes):
+        image = panel.imshow(att[layer, head, T * 2 // 3 - 1:], vmin=0, vmax=1)
+        panel.set_title(f"block {layer + 1}, head {head + 1}", fontsize=10)
+    panel.set_xticks(range(T), names[:T])
+    panel.set_yticks(range(T // 3 + 1), names[T * 2 // 3:])
+    figure.supxlabel("looks at")
+    figure.supylabel("to write")
+    figure.colorbar(image, ax=axes, label="mean weight")
+    figure.savefig(path, dpi=110)
+
+
+def main(args: list[str]) -> None:
+    folder = Path(args[0]) if args else Path("out/adder")
+    model = load_model(folder)
+    config = AdditionDataset.get_default_config()
+    config.ndigit = n = model.block_size // 3
+    dataset = AdditionDataset(config, "test")
+    digits = dataset.digits(dataset.problems(range(len(dataset))))  # (B, 3n + 1)
+    att = mean_attention(model, digits[:, :-1])  # (n_layer, nh, 3n, 3n)
+
+    print("                 weight on a1 and b1 to write s10   right without this head")
+    for layer, head in np.ndindex(att.shape[:2]):
+        weight = att[layer, head, 2 * n, [n - 1, 2 * n - 1]].sum()
+        right = share_without(model, dataset, layer, head)
+        print(f"block {layer + 1}, head {head + 1} {weight:20.0%} {right:27.1%}")
+    for part, share in enumerate(find_carry(model, AdditionDataset(config, "train"))):
+        place = f"block {part}" if part else "the embedding"
+        print(f"the vector of s1 carries after {place:14} {share:6.1%}")
+    names = [f"{number}{10 ** i}" for number in "ab" for i in reversed(range(n))]
+    draw_heads(att, names + [f"s{10 ** i}" for i in range(n + 1)], folder / "heads.png")
+
+
+if __name__ == "__main__":
+    run_script(main)
