@@ -20,7 +20,7 @@ from common import tiny_config, tiny_gpt
 from mingpt.generation import KVCache, can_cache, logits_to_probs
 from mingpt.model import GPT, PRESETS, Block, CausalSelfAttention, NewGELU
 from mingpt.trainer import Trainer
-from mingpt.utils import CfgNode, set_seed
+from mingpt.utils import eval_mode, set_seed
 from numpy_gpt import compute_logits, openai_layout
 
 
@@ -594,6 +594,12 @@ class Generate(unittest.TestCase):
             for _ in range(3):
                 self.assertEqual(list(threads.map(write, prompts)), expected)
         self.assertTrue(all(module.training for module in self.model.modules()))
+
+    def test_two_models_do_not_wait_for_each_other(self):
+        other = tiny_gpt()
+        with eval_mode(self.model), concurrent.futures.ThreadPoolExecutor(1) as threads:
+            written = threads.submit(other.generate, self.idx, 4).result(timeout=60)
+        self.assertEqual(written.shape, (2, 7))
 
     def test_bad_arguments_are_refused_at_the_call(self):
         idx = torch.zeros(1, 2, dtype=torch.long)

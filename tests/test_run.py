@@ -193,6 +193,34 @@ class Reports(Folder):
                 run.run()
         self.assertNotIn("-", "".join(re.findall(r"ms.*", "\n".join(logged.output))))
 
+    def test_the_wait_for_a_gpu_belongs_to_the_step_that_waits(self):
+        now = [0.0]
+
+        class Device:
+            """Stands for torch.cuda, which computes on while Python goes ahead."""
+
+            def synchronize(self):
+                now[0] += 5.0
+
+            def get_rng_state(self):
+                return torch.zeros(1)
+
+        run = make_run(max_iters=2, log_interval=1, work_dir=self.folder)
+
+        def turn_into_gpu(run):
+            run.device_type = "cuda"
+
+        def turn_back(module, args):
+            run.device_type = "cpu"
+
+        run.model.register_forward_pre_hook(turn_back)
+        run.add_callback("on_batch_end", turn_into_gpu)
+        with (mock.patch("time.perf_counter", lambda: now[0]),
+              mock.patch("torch.get_device_module", return_value=Device())):
+            run.run()
+        self.assertEqual([row["seconds"] for row in read_metrics(self.folder)], [5.0, 10.0])
+        self.assertEqual(run.iter_dt, 5.0)
+
     def test_a_run_that_never_ends_has_no_time_left(self):
         for max_iters in (sys.maxsize, math.inf, None):
             run = make_run(max_iters=max_iters, log_interval=1)
@@ -607,7 +635,10 @@ class Checkpoints(Folder):
             file.write(b'\xff\xfe\n[1]\n3\n{"iteration": "x"}\n{"split": 1}\nhello\n'
                        b'{"iteration": 3, "spl')
         make_run(max_iters=3, work_dir=self.folder, log_interval=1, resume=True).run()
-        self.assertEqual([row["iteration"] for row in read_metrics(self.folder)], [1, 2, 3])
+        rows = read_metrics(self.folder)
+        self.assertEqual([row["iteration"] for row in rows], [1, 2, 3])
+        # The time before the resume counts.
+        self.assertGreater(rows[2]["seconds"], rows[1]["seconds"])
 
     def test_leftovers_of_a_killed_writer_are_removed_by_the_next_save(self):
         for name in ("checkpoint.pt.123.tmp", "other.pt.123.tmp"):
