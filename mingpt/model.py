@@ -297,14 +297,15 @@ class GPT(nn.Module):
         """
         embedding = self.transformer.wte.weight
         linears = [m for m in self.modules() if isinstance(m, nn.Linear)]
+        weights = [p for m in linears for p in m.parameters(recurse=False) if p.dim() == 2]
         # A dict drops repetitions and keeps the order, which a checkpoint needs.
-        decayed = dict.fromkeys(m.weight for m in linears if m.weight is not embedding)
+        decayed = dict.fromkeys(p for p in weights if p is not embedding)
         others = [p for p in self.parameters() if p not in decayed]
         groups: list[dict] = [{"params": list(decayed)}, {"params": others, "weight_decay": 0.0}]
         if getattr(train_config, "optimizer", "adamw") == "muon":
             in_blocks = set(self.transformer.h.parameters())
             # Query, key and value are stacked in one matrix.
-            stacked = {block.attn.c_attn.weight for block in self.transformer.h}
+            stacked = {p for name, p in self.named_parameters() if name.endswith("c_attn.weight")}
             return join_muon(groups, in_blocks, stacked, train_config)
         return torch.optim.AdamW(groups, lr=train_config.learning_rate, betas=train_config.betas,
                                  weight_decay=train_config.weight_decay, fused=True)
