@@ -16,9 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
 from torch.utils.data import ConcatDataset, TensorDataset
 
 from mingpt.model import GPT
@@ -69,6 +66,8 @@ def load_pictures(validation: bool) -> tuple[np.ndarray, np.ndarray]:
     The last HELD_OUT are held out. With `validation` these are other pictures than
     without, and the ones that test the model are not among the N.
     """
+    # Imported here, so that --help needs no scikit-learn.
+    from sklearn.datasets import load_digits
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     if validation:
@@ -143,6 +142,7 @@ def report(model: GPT, pictures: np.ndarray, digits: np.ndarray) -> None:
 
     # Bayes: p(digit | picture) is highest where p(picture | digit) is.
     right = (log_p.argmax(1).numpy() == truth).mean()
+    from sklearn.linear_model import LogisticRegression
     logistic = LogisticRegression(max_iter=5000).fit(pictures[:-HELD_OUT], digits[:-HELD_OUT])
     logger.info("held-out digits recognised, higher is better")
     logger.info(f"  the model                 {right:.2%}")
@@ -174,6 +174,7 @@ def draw_sheet(pictures: torch.Tensor, columns: list[str], rows: list[str], inch
     tiles = torch.full((R, 9, C, 9), math.nan)
     tiles[:, :8, :, :8] = pictures.view(R, C, 8, 8).transpose(1, 2)  # (R, 8, C, 8)
     grid = tiles.view(9 * R, 9 * C)[:-1, :-1]  # (R, 9, C, 9) -> (9R - 1, 9C - 1)
+    from matplotlib.figure import Figure
     axes = Figure(figsize=(inches * C + 0.6, inches * R + 0.3)).subplots()
     axes.set_facecolor("lightsteelblue")
     axes.imshow(grid.numpy(), cmap="gray_r", vmin=0, vmax=GREYS - 1)
@@ -283,7 +284,7 @@ def main(args: list[str]) -> None:
 
     model.cpu().eval()
     report(model, pictures, digits)
-    draw(model, pictures[-HELD_OUT:], digits[-HELD_OUT:], Path(work_dir))
+    draw(model, pictures[-HELD_OUT:], digits[-HELD_OUT:], run.work_dir)
     logger.info(f"the model and the pictures are in {work_dir}")
 
 
