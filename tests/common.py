@@ -85,7 +85,7 @@ def close_log() -> None:
 
 
 def run_python(*args, cwd=None, check=True, **environment) -> subprocess.CompletedProcess:
-    """Runs a script or module in a Python of its own, which costs two seconds where it needs torch."""
+    """Runs a script or module in a Python of its own; to import torch takes two seconds."""
     settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     result = subprocess.run(
         [sys.executable, *map(str, args)], cwd=cwd, env=os.environ | settings | environment,

@@ -53,7 +53,8 @@ def make_trainer(model=None, dataset=None, **settings) -> Trainer:
 
 
 def greedy(model, use_cache=True, length=9) -> list:
-    return model.generate(torch.tensor([[1, 2, 0], [0, 1, 1]]), length, use_cache=use_cache).tolist()
+    idx = torch.tensor([[1, 2, 0], [0, 1, 1]])
+    return model.generate(idx, length, use_cache=use_cache).tolist()
 
 
 class Scripts(unittest.TestCase):
@@ -312,8 +313,8 @@ class Heads(unittest.TestCase):
                 return values, loss
 
         x = torch.randint(3, (8, 5))
-        trainer = make_trainer(Critic(tiny_config()), TensorDataset(x, -torch.ones(8)), max_iters=60,
-                               learning_rate=1e-2)
+        trainer = make_trainer(Critic(tiny_config()), TensorDataset(x, -torch.ones(8)),
+                               max_iters=60, learning_rate=1e-2)
         trainer.run()
         self.assertLess(trainer.loss.item(), 0.05)
 

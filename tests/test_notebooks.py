@@ -49,7 +49,8 @@ class Notebooks(Folder):
         self.assertEqual(total, 180)
         self.assertGreaterEqual(right, 170)
         # The first loss that it prints comes from one forward pass: only its last digit may differ.
-        losses = [re.search(r"loss\D*(\d+\.\d+)", text)[1] for text in (now, printed(read("demo.ipynb")))]
+        losses = [re.search(r"loss\D*(\d+\.\d+)", text)[1]
+                  for text in (now, printed(read("demo.ipynb")))]
         digits = len(losses[0].partition(".")[2])
         self.assertAlmostEqual(float(losses[0]), float(losses[1]), delta=1.5 * 10**-digits)
 

@@ -110,7 +110,8 @@ class Reports(Folder):
             run.run()
         lines = [line.split(":", 2)[2] for line in logged.output]
         self.assertEqual(len(lines), 4)
-        numbers = r"step +\d+  loss \d\.\d{4}  lr 1\.0e-02 +[\d.]+ ms +[\d,]+ tok/s  \d+:\d\d:\d\d left"
+        numbers = (r"step +\d+  loss \d\.\d{4}  lr 1\.0e-02 +[\d.]+ ms +[\d,]+ tok/s"
+                   r"  \d+:\d\d:\d\d left")
         for line in lines[:3]:
             self.assertRegex(line, f"^{numbers}$")
             self.assertLessEqual(len(line), 80)
@@ -706,7 +707,7 @@ class Signals(Folder):
         expected = last_line(run_forked(train_script.main))
         for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
             args = (f"--work_dir={self.folder / number.name}",)
-            with self.subTest(number.name), Script(train_script.main, *args, "--pause=0.05") as script:
+            with Script(train_script.main, *args, "--pause=0.05") as script:
                 script.wait_for("step      2")
                 script.send(number)
                 self.assertEqual(script.wait(), [code])
@@ -831,7 +832,8 @@ class Processes(Folder):
             args = ("--dropout=0.1", f"--work_dir={self.folder / str(len(parts))}",
                     "--trainer.resume=auto")
             for end in parts:
-                printed = run_forked(train_script.main, *args, f"--trainer.max_iters={end}", count=2)
+                printed = run_forked(train_script.main, *args, f"--trainer.max_iters={end}",
+                                     count=2)
             digests.append(last_line(printed))
         self.assertEqual(digests[0], digests[1])
 
@@ -897,7 +899,12 @@ def stop_in_last(args: list[str]) -> None:
     config = CfgNode(work_dir="")
     config.merge_from_args(args)
     run = make_run(max_iters=50, work_dir=config.work_dir)
-    run.add_callback("on_batch_end", lambda run: run.stop() if run.rank and run.iter_num == 2 else None)
+
+    def stop(run):
+        if run.rank == 1 and run.iter_num == 2:
+            run.stop()
+
+    run.add_callback("on_batch_end", stop)
     run.run()
     print(f"ended after {run.iter_num}\n", end="")
 

@@ -1,5 +1,5 @@
 """
-How a model learns: steps, batches, targets, rates, callbacks, an interrupted run. No file is written.
+How a model learns: steps, batches, targets, rates, callbacks, an interrupted run.
 
     python -m unittest tests.test_trainer
 """
@@ -167,7 +167,8 @@ class Loop(unittest.TestCase):
             (dict(batch_size=6, grad_accum_steps=4), "batch_size=6, expected a multiple of 4"),
             (dict(train_dataset=Numbered(0)), "a Numbered that is empty or has no length"),
             (dict(train_dataset=iter([])), "a list_iterator that is empty or has no length"),
-            (dict(schedule="cosine", max_iters=None), "schedule='cosine' without an end, expected max_iters"),
+            (dict(schedule="cosine", max_iters=None),
+             "schedule='cosine' without an end, expected max_iters"),
             (dict(model=Regression(), optimizer="muon"), "optimizer='muon'.*configure_optimizers"),
             (dict(optimizer="sgd"), "optimizer='sgd'"),
         ):
@@ -328,9 +329,9 @@ class Targets(unittest.TestCase):
         model.zero_grad()
         x, y = (torch.cat(parts) for parts in zip(*shown))
         logits = model(x)[0].flatten(0, 1)
-        F.cross_entropy(logits[y.flatten() >= 0], y[y >= 0]).backward()
-        torch.testing.assert_close(loss, F.cross_entropy(logits[y.flatten() >= 0], y[y >= 0]).detach(),
-                                   atol=1e-12, rtol=0)
+        expected = F.cross_entropy(logits[y.flatten() >= 0], y[y >= 0])
+        expected.backward()
+        torch.testing.assert_close(loss, expected.detach(), atol=1e-12, rtol=0)
         for p, gradient in zip(model.parameters(), gradients):
             torch.testing.assert_close(gradient, p.grad, atol=1e-12, rtol=0)
 
