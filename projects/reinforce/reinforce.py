@@ -1,7 +1,7 @@
 """
 Improves a half-trained adder by right or wrong alone: learning from a reward.
 
-    python projects/reinforce/reinforce.py                            a minute on a CPU
+    python projects/reinforce/reinforce.py                            half a minute on a CPU
     python projects/reinforce/reinforce.py --system.rewards=False     told the sums instead
 
 For each problem the model writes several sums, each digit drawn by its probability. A
@@ -90,7 +90,7 @@ class Reinforce(Run):
         """Reports how many of the drawn sums are right, in place of the loss."""
         right = float(self.right.mean())
         mixed = float((self.right.amax(dim=1) != self.right.amin(dim=1)).float().mean())
-        logger.info(f"step {self.steps_done:>6}  {right:.1%} of drawn sums; {mixed:.0%} mixed")
+        logger.info(f"step {self.steps_done:>6}  drawn {right:.1%}; mixed groups {mixed:.0%}")
         self.write_metrics(split="train", right=right, mixed=mixed)
 
 
@@ -115,8 +115,8 @@ def report_scores(run: Run, dataset: Dataset) -> None:
         problems = dataset.problems(range(len(dataset)))
         _, right = adder.answer(run.model, dataset, problems)
         by_carries = adder.share_by_carries(right, problems, dataset.config.ndigit)
-        parts = ", ".join(f"{count} carries {share:.1%}" for count, share in by_carries.items())
-        logger.info(f"step {run.steps_done:>6}  {right.mean():.1%} of the held-out sums; {parts}")
+        shares = " ".join(f"{100 * share:.0f}" for share in by_carries.values())
+        logger.info(f"step {run.steps_done:>6}  held out {right.mean():.1%}; by carries {shares}")
         run.write_metrics(split="test", exact=float(right.mean()), by_carries=by_carries)
 
 
