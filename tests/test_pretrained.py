@@ -40,7 +40,7 @@ def write_json(path: Path, content) -> None:
 
 
 def hub_weights(model: GPT) -> dict:
-    """The weights of a model as GPT2LMHeadModel names and stores them; a tied head is not stored."""
+    """The weights of a model as GPT2LMHeadModel names and stores them, without a tied head."""
     arrays = openai_layout(model)
     if model.is_tied:
         del arrays["lm_head.weight"]
@@ -396,24 +396,25 @@ class Saving(Seeded):
             self.assertEqual(tensor.dtype, torch.bfloat16, name)
 
     def test_a_part_that_gpt2_lacks_is_refused_by_name(self):
-        changes = {
-            "transformer.h.1.mlp.act has SiLU": lambda m: setattr(m.transformer.h[1].mlp, "act", nn.SiLU()),
-            "transformer.h.1.mlp.act has GELU": lambda m: setattr(m.transformer.h[1].mlp, "act", nn.GELU()),
-            "transformer.h.0.ln_1 has RMSNorm": lambda m: setattr(m.transformer.h[0], "ln_1", nn.RMSNorm(16)),
-            "transformer.ln_f has .*eps 1e-06": lambda m: setattr(m.transformer.ln_f, "eps", 1e-6),
-            r"lm_head has .*bias \[11\]": lambda m: setattr(m, "lm_head", nn.Linear(16, 11)),
-            r"lm_head has .*\[12, 16\]": lambda m: setattr(m, "lm_head", nn.Linear(16, 12, bias=False)),
-            "extra has Linear": lambda m: setattr(m, "extra", nn.Linear(2, 2)),
-            r"it has scale \[1\]": lambda m: setattr(m, "scale", nn.Parameter(torch.ones(1))),
-            "transformer.h.0.mlp.c_fc has nothing": lambda m: setattr(
-                m.transformer.h[0], "mlp", nn.Sequential(nn.Linear(16, 16), nn.Tanh())),
-            "transformer.h.0.attn has a mask": lambda m: setattr(
-                m.transformer.h[0].attn, "bias", torch.ones(1, 1, 8, 8)),
-            "transformer.h.2 has": lambda m: m.transformer.h.append(Block(m.config)),
-        }
-        for named, change in changes.items():
+        # The message, and the part that is set: module, name, new part.
+        changes = (
+            ("transformer.h.1.mlp.act has SiLU", "transformer.h.1.mlp", "act", nn.SiLU()),
+            ("transformer.h.1.mlp.act has GELU", "transformer.h.1.mlp", "act", nn.GELU()),
+            ("transformer.h.0.ln_1 has RMSNorm", "transformer.h.0", "ln_1", nn.RMSNorm(16)),
+            ("transformer.ln_f has .*eps 1e-06", "transformer.ln_f", "eps", 1e-6),
+            (r"lm_head has .*bias \[11\]", "", "lm_head", nn.Linear(16, 11)),
+            (r"lm_head has .*\[12, 16\]", "", "lm_head", nn.Linear(16, 12, bias=False)),
+            ("extra has Linear", "", "extra", nn.Linear(2, 2)),
+            (r"it has scale \[1\]", "", "scale", nn.Parameter(torch.ones(1))),
+            ("transformer.h.0.mlp.c_fc has nothing", "transformer.h.0", "mlp",
+             nn.Sequential(nn.Linear(16, 16), nn.Tanh())),
+            ("transformer.h.0.attn has a mask", "transformer.h.0.attn", "bias",
+             torch.ones(1, 1, 8, 8)),
+            ("transformer.h.2 has", "transformer.h", "2", Block(tiny_gpt().config)),
+        )
+        for named, module, name, part in changes:
             model = tiny_gpt()
-            change(model)
+            setattr(model.get_submodule(module), name, part)
             with self.subTest(named), self.assertRaisesRegex(ValueError, named):
                 model.save_pretrained(self.folder)
         self.assertEqual(list(self.folder.iterdir()), [])
@@ -426,8 +427,7 @@ class Saving(Seeded):
                     write_folder(self.folder, tiny_gpt(n_layer=3), form)
                     for other in (*others, "generation_config.json"):
                         (self.folder / other).write_text("stays")
-                    model = tiny_gpt()
-                    self.save(model, Path(name).suffix[1:])
+                    self.save(tiny_gpt(), Path(name).suffix[1:])
                     files = {path.name for path in self.folder.iterdir()}
                     self.assertEqual(files, {"config.json", name, *others})
 
@@ -635,8 +635,10 @@ class Hub(Seeded):
         for end in (thread.join, server.server_close, server.shutdown):
             self.addCleanup(end)
         self.endpoint = f"http://127.0.0.1:{server.server_port}"
-        self.patch(mock.patch.dict(os.environ, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1",
-                                   HF_HUB_DISABLE_PROGRESS_BARS="1"))
+        self.patch(mock.patch.dict(os.environ, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1"))
+        from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+        disable_progress_bars()
+        self.addCleanup(enable_progress_bars)
 
     def answer(self, path: str) -> tuple[int, bytes, dict]:
         """What the real hub answers to huggingface_hub: (status, body, headers)."""

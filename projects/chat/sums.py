@@ -1,10 +1,11 @@
 """
-Writes dialogs.txt: 300 short dialogs in which a bot adds numbers up to 99 as one does on paper, the last digits first.
+Writes dialogs.txt: 300 short dialogs in which a bot adds numbers up to 99 as on paper.
 
     python projects/chat/sums.py
 
-One turn a line, questions and answers in turn, a blank line between dialogs. No two numbers are added twice, also not
-in the other order: the sums of dialogs that are held out of training are new to the bot.
+One turn a line, questions and answers in turn, an empty line between dialogs. No two
+numbers are added twice, also not in the other order: the sums of dialogs that are held
+out of training are new to the bot.
 """
 
 import random
@@ -20,26 +21,35 @@ SMALL_TALK = (
     ("thank you", "you are welcome."),
 )
 
+
 def add(a: int, b: int) -> str:
-    """The answer to a sum, worked out: add(27, 48) -> '7+8=15, 2+4=6, 6+1=7, so 75.'"""
-    ones, tens = a % 10 + b % 10, a // 10 + b // 10
+    """Works out a sum, the last digits first: add(6, 3) -> "6+3=9, 0+0=0, so 9."
+
+    A carry is a step of its own: add(27, 48) -> "7+8=15, 2+4=6, 6+1=7, so 75."
+    """
+    ones = a % 10 + b % 10
+    tens = a // 10 + b // 10
     carry = f", {tens}+1={tens + 1}" if ones > 9 else ""
     return f"{a % 10}+{b % 10}={ones}, {a // 10}+{b // 10}={tens}{carry}, so {a + b}."
 
+
 def write_dialogs(count: int = 300) -> list[list[str]]:
-    """Dialogs as lists of turns: three sums, and in every second dialog some small talk before, between or after."""
+    """Returns dialogs as lists of turns: three sums, and in every second one small talk."""
     rng = random.Random(1)
-    sums = rng.sample([(a, b) for a in range(100) for b in range(a + 1)], 3 * count)
+    pairs = [(a, b) for a in range(100) for b in range(a + 1)]
+    sums = rng.sample(pairs, 3 * count)
     dialogs = []
     for i in range(count):
         exchanges = []
         for pair in sums[3 * i:3 * i + 3]:
-            a, b = rng.sample(pair, 2) # in either order
+            # The numbers come in either order.
+            a, b = rng.sample(pair, 2)
             exchanges.append((rng.choice(QUESTIONS).format(a, b), add(a, b)))
         if rng.random() < 0.5:
             exchanges.insert(rng.randrange(4), rng.choice(SMALL_TALK))
         dialogs.append([turn for exchange in exchanges for turn in exchange])
     return dialogs
+
 
 if __name__ == "__main__":
     text = "\n\n".join("\n".join(dialog) for dialog in write_dialogs())
