@@ -302,7 +302,10 @@ class GPT(nn.Module):
         decayed = dict.fromkeys(p for p in weights if p is not embedding)
         others = [p for p in self.parameters() if p not in decayed]
         groups: list[dict] = [{"params": list(decayed)}, {"params": others, "weight_decay": 0.0}]
-        if getattr(train_config, "optimizer", "adamw") == "muon":
+        name = getattr(train_config, "optimizer", "adamw")
+        if name not in ("adamw", "muon"):
+            raise ValueError(f"got optimizer={name!r}, expected 'adamw' or 'muon'")
+        if name == "muon":
             in_blocks = set(self.transformer.h.parameters())
             # Query, key and value are stacked in one matrix.
             stacked = {p for name, p in self.named_parameters() if name.endswith("c_attn.weight")}
@@ -405,7 +408,7 @@ def _adapt_state_dict(model: GPT, state: dict, prefix: str, *args) -> None:
         return
     if name not in state:
         state[name] = wte.clone()
-    elif model.is_tied and not torch.equal(state[name], wte):
+    elif model.is_tied and state[name] is not wte and not torch.equal(state[name], wte):
         model.lm_head.weight = nn.Parameter(torch.empty_like(own[name]))
         model.config.tie_weights = False
         logger.info("these weights have a head of their own, so it is not tied any more")
