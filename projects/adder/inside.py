@@ -85,7 +85,7 @@ def find_carry(model: GPT, dataset: AdditionDataset) -> list[float]:
 def draw_heads(att: torch.Tensor, names: list[str], path: Path) -> None:
     """Draws how much each head looks at each digit while it writes the digits of the sum."""
     n_layer, n_head, T, _ = att.shape
-    figure = Figure(figsize=(3 * n_head, 2 * n_layer), layout="constrained")
+    figure = Figure(figsize=(3 * n_head, 1.8 * n_layer), layout="constrained")
     axes = figure.subplots(n_layer, n_head, sharex=True, sharey=True, squeeze=False)
     for (layer, head), panel in np.ndenumerate(axes):
         image = panel.imshow(att[layer, head, T * 2 // 3 - 1:], vmin=0, vmax=1)
