@@ -1,9 +1,8 @@
 """
 Teaches a GPT to add two numbers of n digits.
 
-    python projects/adder/adder.py                     two digits, ten seconds on a CPU
-    python projects/adder/adder.py --data.ndigit=3     three digits
-    python projects/adder/adder.py --help              every setting with its default
+    python projects/adder/adder.py            two digits, ten seconds on a CPU
+    python projects/adder/adder.py --help     every setting with its default
 
 The problem 85 + 50 = 135 becomes the row of tokens 8 5 5 0 5 3 1. It has no
 signs, since each number has a fixed length. The sum begins with its last
