@@ -6,6 +6,7 @@ Both notebooks, from top to bottom and without a network; what they print is wha
 
 import os
 import re
+import subprocess
 import unittest
 from unittest import mock
 
@@ -40,7 +41,9 @@ class Notebooks(Folder):
         with mock.patch.dict(os.environ, places | settings | environment):
             nbclient.NotebookClient(
                 notebook, timeout=240, kernel_name="python3",
-                resources={"metadata": {"path": str(self.folder)}}).execute()
+                resources={"metadata": {"path": str(self.folder)}},
+                # The kernel warns that it talks over a port of this machine.
+            ).execute(stderr=subprocess.DEVNULL)
         return printed(notebook)
 
     def test_demo_learns_to_sort_and_its_outputs_are_those_of_now(self):
