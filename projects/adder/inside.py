@@ -1,14 +1,14 @@
 """
 Looks inside the trained adder: at its heads, and for the block that finds the carry.
 
-    python projects/adder/adder.py           trains it
-    python projects/adder/inside.py          prints tables and draws out/adder/heads.png
-    python projects/adder/inside.py FOLDER   does so for another run
+    python projects/adder/adder.py     trains it
+    python projects/adder/inside.py    prints tables and draws out/adder/heads.png
 
 The digits of a problem are called by their places: a10 a1 b10 b1 and, from the last digit
-on, the sum's s1 s10 s100. All is measured on held-out problems. Needs matplotlib.
+on, the sum's s1 s10 s100. "After block 0" is after the embedding. Needs matplotlib.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +58,9 @@ def share_without(model: GPT, dataset: AdditionDataset, layer: int, head: int) -
 def find_carry(model: GPT, dataset: AdditionDataset) -> list[float]:
     """Finds out where the vector of s1 knows the carry: after the embedding, after each block.
 
-    62 + 33 = 95 and 67 + 38 = 105 are alike up to s1 but for a1 and b1. Only the second
-    has a carry. Its vector at s1 takes the place of the first problem's. Returns how often
-    the model then writes the second problem's s10: always, if that vector knows the carry.
+    62 + 33 = 95 and 67 + 38 = 105 are alike up to s1 but for a1 and b1; only the second has
+    a carry. Its vector at s1 takes the place of the first one's. Returns how often the model
+    then writes the second one's s10: always, if the vector knows the carry.
     """
     n = dataset.config.ndigit
     problems = draw_problems(dataset)
@@ -75,10 +75,9 @@ def find_carry(model: GPT, dataset: AdditionDataset) -> list[float]:
         hook.remove()
         hook = part.register_forward_hook(
             lambda module, inputs, x: torch.cat((x[:, :-1], seen[0]), dim=1))
-        logits = model(first[:, :2 * n + 1])[0]  # (B, 2n + 1, V)
+        written = model(first[:, :2 * n + 1])[0][:, -1].argmax(dim=-1)  # (B,)
         hook.remove()
-        is_second = logits[:, -1].argmax(dim=-1) == second[:, 2 * n + 1]  # (B,)
-        shares.append(float(is_second.float().mean()))
+        shares.append(float((written == second[:, 2 * n + 1]).float().mean()))
     return shares
 
 
@@ -99,13 +98,15 @@ def draw_heads(att: torch.Tensor, names: list[str], path: Path) -> None:
 
 
 def main(args: list[str]) -> None:
-    folder = Path(args[0]) if args else Path("out/adder")
+    parser = argparse.ArgumentParser(description="Looks inside the model of a run of adder.py.")
+    parser.add_argument("folder", type=Path, nargs="?", default="out/adder", help="of the run")
+    folder = parser.parse_args(args).folder
     model = load_model(folder)
     config = AdditionDataset.get_default_config()
     config.ndigit = n = model.block_size // 3
     dataset = AdditionDataset(config, "test")
-    digits = dataset.digits(dataset.problems(range(len(dataset))))  # (B, 3n + 1)
-    att = mean_attention(model, digits[:, :-1])  # (n_layer, nh, 3n, 3n)
+    x = dataset.digits(dataset.problems(range(len(dataset))))[:, :-1]  # (B, 3n)
+    att = mean_attention(model, x)  # (n_layer, nh, 3n, 3n)
 
     print("                 weight on a1 and b1 to write s10   right without this head")
     for layer, head in np.ndindex(att.shape[:2]):
@@ -113,8 +114,7 @@ def main(args: list[str]) -> None:
         right = share_without(model, dataset, layer, head)
         print(f"block {layer + 1}, head {head + 1} {weight:20.0%} {right:27.1%}")
     for part, share in enumerate(find_carry(model, AdditionDataset(config, "train"))):
-        place = f"block {part}" if part else "the embedding"
-        print(f"the vector of s1 carries after {place:14} {share:6.1%}")
+        print(f"the vector of s1 carries after block {part} {share:6.1%}")
     names = [f"{number}{10 ** i}" for number in "ab" for i in reversed(range(n))]
     draw_heads(att, names + [f"s{10 ** i}" for i in range(n + 1)], folder / "heads.png")
 
