@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mingpt.utils import replacing
+from mingpt.utils import CfgNode, replacing
 
 # Types that torch.load(weights_only=True) reads.
 PLAIN_TYPES = (str, int, float, bool, bytes, type(None))
@@ -92,7 +92,11 @@ def plain_settings(config: Any) -> dict:
     """Returns the settings of a configuration as JSON has them; other values as texts."""
     if config is None:
         return {}
-    return json.loads(json.dumps(vars(config), default=lambda v: getattr(v, "__dict__", str(v))))
+    return json.loads(json.dumps(vars(config), default=_as_json, skipkeys=True))
+
+
+def _as_json(value: Any) -> Any:
+    return vars(value) if isinstance(value, CfgNode) else str(value)
 
 
 def model_state(model: nn.Module) -> dict:

@@ -38,7 +38,7 @@ def write(model: Any, idx: Tensor, max_new_tokens: int, temperature: float, do_s
           top_k: int | None, top_p: float | None, stop_token: int | None,
           use_cache: bool) -> Iterator[Tensor]:
     """Checks the settings of GPT.generate and returns the new tokens, (B, 1) each."""
-    V = model.config.vocab_size
+    V = getattr(model.transformer.wte, "num_embeddings", model.config.vocab_size)
     if idx.dim() != 2 or idx.size(1) == 0:
         raise ValueError(f"got a prompt of shape {tuple(idx.shape)}, "
                          "expected (B, T) with one token or more a row")

@@ -83,7 +83,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # three of (B, nh, T, hs)
 
         # A prompt needs the causal mask. A single token after it may look at all.
-        is_causal = cache is None or cache.length == 0
+        is_causal = cache is None or cache.k is None
         if cache is not None:
             if T > 1 and not is_causal:
                 raise ValueError(f"got {T} tokens after a prompt, expected one at a time")

@@ -469,7 +469,7 @@ class Checkpoints(Folder):
 
     def test_settings_of_a_script_that_are_no_plain_values(self):
         make_run(max_iters=1, work_dir=self.folder, hook=print, table={(1, 2): object()},
-                 model=Regression(), path=Path("x")).run()
+                 teacher=Regression(), path=Path("x")).run()
         self.assertEqual(read_checkpoint(self.folder / "checkpoint.pt")["config"]["max_iters"], 1)
 
     def test_numbers_of_numpy(self):

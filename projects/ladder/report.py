@@ -7,6 +7,7 @@ The table and the picture of the ladder, from the rows that ladder.py has writte
 Several seeds stand side by side. The picture needs matplotlib.
 """
 
+import argparse
 import json
 import statistics
 from pathlib import Path
@@ -97,7 +98,9 @@ def draw_panel(axes, names: list[str], results: dict[str, list[dict]]) -> None:
 
 
 def main(args: list[str]) -> None:
-    folder = Path(args[0] if args else "./out/ladder")
+    parser = argparse.ArgumentParser(description="Prints and draws what the rungs have reached.")
+    parser.add_argument("folder", type=Path, nargs="?", default="out/ladder", help="of the rows")
+    folder = Path(parser.parse_args(args).folder)
     results = read_results(folder)
     print(format_table(results))
     draw(results, folder / "ladder.png")

@@ -8,8 +8,8 @@ Makes the text that the model in this folder learned from: Jane Austen's six nov
 Each paragraph becomes one line, and <|endoftext|> stands before each chapter.
 """
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
 from mingpt.utils import run_script
@@ -30,10 +30,13 @@ def cut_chapters(text: str) -> list[str]:
 
 
 def main(args: list[str]) -> None:
-    source, result = map(Path, args)
-    chapters = cut_chapters(source.read_text(encoding="utf-8"))
+    parser = argparse.ArgumentParser(description="Cuts Jane Austen's novels into chapters.")
+    parser.add_argument("source", type=Path, help="text of the novels")
+    parser.add_argument("result", type=Path, help="text to write")
+    given = parser.parse_args(args)
+    chapters = cut_chapters(given.source.read_text(encoding="utf-8"))
     text = "".join(f"<|endoftext|>{chapter}\n" for chapter in chapters)
-    result.write_text(text, encoding="utf-8")
+    given.result.write_text(text, encoding="utf-8")
     print(f"{len(chapters)} chapters, {len(text):,} characters")
 
 
