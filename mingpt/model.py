@@ -73,7 +73,7 @@ class CausalSelfAttention(nn.Module):
         # True: torch's kernel. False: the formula step by step, weights in att.
         self.fused = True
         self.att: Tensor | None = None  # (B, nh, T, T)
-        # minGPT's mask. It takes part once somebody has asked for it or set it.
+        # For programs that read or set minGPT's mask: see bias. None: attend makes its own.
         self.register_buffer("mask", None, persistent=False)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -82,14 +82,16 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # three of (B, nh, T, hs)
 
-        # A prompt needs the causal mask. A single token after it may look at all.
+        # A prompt needs the causal mask. A token that comes later, alone, may look at
+        # all, since all others stand before it.
         is_causal = cache is None or cache.k is None
         if cache is not None:
             if T > 1 and not is_causal:
                 raise ValueError(f"got {T} tokens after a prompt, expected one at a time")
             k, v = cache.append(k, v)  # (B, nh, past + T, hs)
 
-        # Whoever replaces or watches the dropout wants to see the weights.
+        # The kernel skips the dropout module. If that was replaced or has a hook, the
+        # formula calls it.
         dropout = self.attn_dropout
         if self.fused and type(dropout) in (Dropout, nn.Dropout) and not has_hooks(dropout):
             p = dropout.p if dropout.training else 0.0
@@ -102,7 +104,8 @@ class CausalSelfAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Computes what the kernel computes, softmax(q kᵀ / √hs) v, step by step.
 
-        q is (B, nh, T, hs), k and v are (B, nh, S, hs) with the S - T tokens before.
+        q is (B, nh, T, hs), k and v are (B, nh, S, hs): S counts the tokens in the
+        cache, too, T only the new ones.
         """
         T, S = q.size(2), k.size(2)
         att = q @ k.transpose(-2, -1) / math.sqrt(k.size(-1))  # (B, nh, T, S)
@@ -248,7 +251,7 @@ class GPT(nn.Module):
         return getattr(self.lm_head, "weight", None) is self.transformer.wte.weight
 
     def features(self, idx: Tensor, cache: list[KVCache] | None = None) -> Tensor:
-        """Computes all but the head: tokens (B, T) -> residual stream (B, T, C).
+        """Computes all but the output layer: tokens (B, T) -> residual stream (B, T, C).
 
         With a cache for each block, idx follows the tokens that the cache holds.
         Raises ValueError for more than block_size tokens.

@@ -101,11 +101,11 @@ class Trainer:
         self.model: Any = model.to(self.device)
         self.train_dataset = train_dataset
         self.callbacks: dict[str, list[Callable]] = defaultdict(list)
-        self.optimizer: Any = None  # made when run() starts
+        self.optimizer: Any = None  # made by begin(), when run() starts
         self.scaler: Any = None
         logger.info(f"running on device {self.device}")
 
-        self.iter_num = 0  # steps done; inside on_batch_end one less, as in minGPT
+        self.iter_num = 0  # steps done; in on_batch_end the number of the step, from 0
         self.iter_time = 0.0  # when the last step ended, in seconds
         self.iter_dt = 0.0  # seconds that the last step took
         self.loss = torch.zeros(())  # mean loss of the last step
@@ -201,7 +201,7 @@ class Trainer:
         else:
             raise ValueError(f"got optimizer={config.optimizer!r} for a model without "
                              "configure_optimizers, expected 'adamw'")
-        # A schedule is a factor on each group's own rate.
+        # A schedule multiplies the rate that each group starts with.
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         return optimizer
@@ -251,10 +251,12 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         self.loss = torch.zeros((), device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
+        # A micro-batch counts by its share of all targets.
         counts = [self.count_targets(y) for _, y in batches]
         total = processes.sum_over_processes(sum(counts))
         if total > 0:
             self.backward(network, batches, [count / total for count in counts])
+            # The scaler matters in float16 alone.
             self.scaler.unscale_(self.optimizer)
             clip = self.config.grad_norm_clip
             self.grad_norm = nn.utils.clip_grad_norm_(
@@ -265,8 +267,8 @@ class Trainer:
 
     def backward(self, network: Any, batches: list, shares: list[float]) -> None:
         """Adds up the gradients of the micro-batches, each by its share of all targets."""
-        # Without a target there is nothing to learn. But each process takes part in
-        # the exchange of gradients, which comes with its last micro-batch.
+        # Without a target there is nothing to learn. But with several processes each
+        # takes part in the exchange of gradients, after its last micro-batch.
         learned = [i for i, share in enumerate(shares) if share > 0]
         if not learned:
             learned = [len(shares) - 1]
