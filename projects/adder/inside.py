@@ -5,7 +5,7 @@ Looks inside the trained adder: at its heads, and for the block that finds the c
     python projects/adder/inside.py    prints tables and draws out/adder/heads.png
 
 The digits of a problem are called by their places: a10 a1 b10 b1 and, from the last digit
-on, the sum's s1 s10 s100. "After block 0" is after the embedding. Needs matplotlib.
+on, the sum's s1 s10 s100. Blocks and heads are counted from 0. Needs matplotlib.
 """
 
 import argparse
@@ -84,11 +84,16 @@ def find_carry(model: GPT, dataset: AdditionDataset) -> list[float]:
 def draw_heads(att: torch.Tensor, names: list[str], path: Path) -> None:
     """Draws how much each head looks at each digit while it writes the digits of the sum."""
     n_layer, n_head, T, _ = att.shape
+    later = np.triu(np.ones((T, T), dtype=bool), k=1)
+    written = slice(T * 2 // 3 - 1, T)
     figure = Figure(figsize=(3 * n_head, 1.8 * n_layer), layout="constrained")
     axes = figure.subplots(n_layer, n_head, sharex=True, sharey=True, squeeze=False)
     for (layer, head), panel in np.ndenumerate(axes):
-        image = panel.imshow(att[layer, head, T * 2 // 3 - 1:], vmin=0, vmax=1)
-        panel.set_title(f"block {layer + 1}, head {head + 1}", fontsize=10)
+        weights = np.ma.masked_array(att[layer, head].numpy(), later)  # (T, T)
+        image = panel.imshow(weights[written], cmap="Blues", vmin=0, vmax=1)
+        # The mask hides later digits: their cells stay gray.
+        panel.set_facecolor("0.85")
+        panel.set_title(f"block {layer}, head {head}", fontsize=10)
     panel.set_xticks(range(T), names[:T])
     panel.set_yticks(range(T // 3 + 1), names[T * 2 // 3:])
     figure.supxlabel("looks at")
@@ -112,9 +117,11 @@ def main(args: list[str]) -> None:
     for layer, head in np.ndindex(att.shape[:2]):
         weight = att[layer, head, 2 * n, [n - 1, 2 * n - 1]].sum()
         right = share_without(model, dataset, layer, head)
-        print(f"block {layer + 1}, head {head + 1} {weight:20.0%} {right:27.1%}")
-    for part, share in enumerate(find_carry(model, AdditionDataset(config, "train"))):
-        print(f"the vector of s1 carries after block {part} {share:6.1%}")
+        print(f"block {layer}, head {head} {weight:20.0%} {right:27.1%}")
+    shares = find_carry(model, AdditionDataset(config, "train"))
+    print(f"the vector of s1 carries after the embedding {shares[0]:6.1%}")
+    for layer, share in enumerate(shares[1:]):
+        print(f"the vector of s1 carries after block {layer} {share:12.1%}")
     names = [f"{number}{10 ** i}" for number in "ab" for i in reversed(range(n))]
     draw_heads(att, names + [f"s{10 ** i}" for i in range(n + 1)], folder / "heads.png")
 
