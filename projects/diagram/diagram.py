@@ -89,7 +89,7 @@ def draw_model(pen: Pen) -> None:
     pen.stream(x, 71, 65.2)
     pen.shape(x + 15.5, 75, "(B, T, C)")
 
-    for y, name in ((57, "block 1"), (44.5, "block 2"), (25, "block n_layer")):
+    for y, name in ((57, "block 0"), (44.5, "block 1"), (25, "block n_layer − 1")):
         pen.box(x - 14, y, 28, 8, "panel")
         pen.write(x, y + 4, name)
         pen.shape(x + 15.5, y + 4, "(B, T, C)")
@@ -97,21 +97,23 @@ def draw_model(pen: Pen) -> None:
     pen.stream(x, 44.5, 40.5)
     pen.write(x, 38.2, "⋮", 13, "stream")
     pen.stream(x, 36.5, 33.2)
-    pen.stream(x, 25, 20.7)
+    pen.stream(x, 25, 21.7)
 
-    pen.box(x - 14, 12.5, 28, 8, "head")
-    pen.write(x, 18.1, "LayerNorm ln_f")
-    pen.write(x, 14.7, "Linear lm_head")
-    pen.arrow((x, 12.5), (x, 8.8))
-    pen.shape(x + 15.5, 16.5, "(B, T, V)")
+    pen.box(x - 14, 13.5, 28, 8, "head")
+    pen.write(x, 19.1, "LayerNorm ln_f")
+    pen.write(x, 15.7, "Linear lm_head")
+    pen.shape(x + 15.5, 17.5, "(B, T, V)")
+    pen.arrow((x, 13.5), (x, 10.7))
+    pen.write(x, 9.3, "logits: a score for each possible next token")
+    pen.arrow((x, 7.9), (x, 5.3))
     for i, token in enumerate(("be", "or", "not", "to")):
-        pen.box(x - 14 + 7 * i, 3.5, 6.4, 5, "panel")
-        pen.write(x - 10.8 + 7 * i, 6, token)
-    pen.write(x, 0.6, "logits: a score for every possible next token")
+        pen.box(x - 14 + 7 * i, 0, 6.4, 5, "panel")
+        pen.write(x - 10.8 + 7 * i, 2.5, token)
+    pen.write(x, -2, "the likeliest next tokens")
 
 
 def draw_mask(pen: Pen, x: float, y: float) -> None:
-    """Draws attention weights of four tokens: a token looks at itself and those before it."""
+    """Draws the mask of four tokens: a token looks at itself and those before it."""
     side = 2.1
     for row in range(4):
         for column in range(4):
@@ -138,13 +140,13 @@ def draw_block(pen: Pen) -> None:
         (77, "LayerNorm ln_1", "(B, T, C)"),
         (71.5, "query, key, value = c_attn", "(B, nh, T, hs) each"),
         (66, "scores = query · key / √hs", "(B, nh, T, T)"),
-        (60.5, "weights = softmax(scores)", "(B, nh, T, T)"),
+        (53, "weights = softmax(scores)", "(B, nh, T, T)"),
         (47.5, "weights · value", "(B, nh, T, hs)"),
         (42, "c_proj: heads to channels", "(B, T, C)"),
     ))
-    pen.write(66, 55.7, "mask: a later token", 8.5, "shape", ha="left")
-    pen.write(66, 52.7, "gets the weight 0", 8.5, "shape", ha="left")
-    draw_mask(pen, 96, 58)
+    pen.write(66, 60.9, "mask: a later token", 8.5, "shape", ha="left")
+    pen.write(66, 57.9, "gets the score −∞", 8.5, "shape", ha="left")
+    draw_mask(pen, 96, 63.6)
     draw_part(pen, x, 5, 28, "mlp", "MLP: work on what was collected", (
         (25, "LayerNorm ln_2", "(B, T, C)"),
         (20, "c_fc: four times as wide", "(B, T, 4C)"),
@@ -171,12 +173,12 @@ def draw(colours: dict[str, str], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(10, 8.2))
     axes.set_axis_off()
     axes.set_xlim(0, 120)
-    axes.set_ylim(-6, 96)
+    axes.set_ylim(-7, 96)
     pen = Pen(axes, colours)
     draw_model(pen)
     draw_block(pen)
     letters = "B rows · T tokens · C channels · V tokens in the vocabulary · nh heads · hs = C / nh"
-    pen.write(59.5, -4.5, letters, 9, "shape")
+    pen.write(59.5, -5.5, letters, 9, "shape")
     figure.savefig(path, transparent=True, bbox_inches="tight", pad_inches=0.05, metadata=METADATA)
     plt.close(figure)
     print(path)
