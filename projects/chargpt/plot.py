@@ -12,7 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).resolve().parent
-RUNS = {"small-adamw": "this GPT, AdamW (tied head)", "small": "this GPT, Muon"}
+RUNS = {"small-adamw": "this GPT, AdamW", "small": "this GPT, Muon"}
 # The readme of nanoGPT gives it for the same text, size and number of characters.
 NANOGPT = 1.88
 

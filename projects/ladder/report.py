@@ -33,15 +33,17 @@ def read_results(folder: Path) -> dict[str, list[dict]]:
 def format_table(results: dict[str, list[dict]]) -> str:
     """Formats the table in Markdown: medians over the seeds, and the gain of each rung.
 
-    The gain is against the rung before, or the rung that a row names. Below 0.01 it is
-    called noise: seeds differ by as much.
+    The gain is against the rung that a row names, or else the one before without such a
+    name. Below 0.01 it is called noise: seeds differ by as much.
     """
     lines = ["| rung | parameters | seconds | loss | gain | loss in the same seconds |",
              "|---|---|---|---|---|---|"]
     before = ""
     for name, rows in results.items():
-        against = rows[0]["against"] or before
-        before = name
+        against = rows[0]["against"]
+        if against == "":
+            against = before
+            before = name
         gain = ""
         if against in results:
             difference = median(results[against], "loss") - median(rows, "loss")
