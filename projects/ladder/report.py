@@ -74,28 +74,27 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
     from matplotlib.figure import Figure
     rungs = [name for name in results if "ModernGPT without" not in name]
     variants = [name for name in results if "ModernGPT" in name]
-    panels = [names for names in (rungs, variants) if names]
 
-    heights = [len(names) for names in panels]
-    figure = Figure(figsize=(8, 1 + 0.32 * sum(heights)), layout="constrained")
-    columns = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)  # (panels, 1)
-    for axes, names in zip(columns[:, 0], panels):
-        draw_panel(axes, names, results)
-    columns[0, 0].legend(title="each rung had")
-    columns[-1, 0].set_xlabel("loss on the held-out text, nats per character (lower is better)")
+    heights = [max(1, len(rungs)), max(1, len(variants))]
+    figure = Figure(figsize=(8, 1.4 + 0.3 * sum(heights)), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=heights)
+    draw_losses(above, rungs, results, "loss", "C0", "the same characters")
+    draw_losses(above, rungs, results, "loss_in_time", "C1", "the same seconds")
+    draw_losses(below, variants, results, "loss", "C0", "the same characters")
+    above.legend(title="each rung had")
+    below.set_xlabel("loss on the held-out text, nats per character (lower is better)")
     figure.savefig(path, dpi=110)
 
 
-def draw_panel(axes, names: list[str], results: dict[str, list[dict]]) -> None:
-    """Draws a dot for each rung and seed, a colour for each column of the table."""
-    for field, color, label in (("loss", "C0", "the same characters"),
-                                ("loss_in_time", "C1", "the same seconds")):
-        places = [(row[field], y) for y, name in enumerate(names)
-                  for row in results[name] if field in row]
-        axes.plot([x for x, _ in places], [y for _, y in places], "o", color=color, ms=5,
-                  alpha=0.7, label=label)
+def draw_losses(axes, names: list[str], results: dict[str, list[dict]], field: str, color: str,
+                label: str) -> None:
+    """Draws a dot for each rung and seed."""
+    dots = [(row[field], y) for y, name in enumerate(names)
+            for row in results[name] if field in row]
+    axes.plot([x for x, _ in dots], [y for _, y in dots], "o", color=color, ms=5, alpha=0.7,
+              label=label)
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(alpha=0.3)
 
 
