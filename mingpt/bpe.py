@@ -124,10 +124,15 @@ class Encoder:
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         spelled = self._spell(word)
-        if spelled in self.whole_words:
+        if type(self).bpe is not Encoder.bpe or "bpe" in vars(self):
+            # Somebody merges in another way, such as with dropout.
+            symbols = self.bpe(spelled).split(" ")
+        elif spelled in self.whole_words:
             return (self.whole_words[spelled],)
+        else:
+            symbols = self._merge(spelled)
         try:
-            return tuple([self.encoder[symbol] for symbol in self._merge(spelled)])
+            return tuple([self.encoder[symbol] for symbol in symbols])
         except KeyError as error:
             raise ValueError(f"got {word!r}, but the vocabulary has no token {error}") from None
 

@@ -92,7 +92,8 @@ def plain_settings(config: Any) -> dict:
     """Returns the settings of a configuration as JSON has them; other values as texts."""
     if config is None:
         return {}
-    return json.loads(json.dumps(vars(config), default=_as_json, skipkeys=True))
+    settings = config if isinstance(config, dict) else vars(config)
+    return json.loads(json.dumps(settings, default=_as_json, skipkeys=True))
 
 
 def _as_json(value: Any) -> Any:

@@ -12,6 +12,7 @@ import math
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import regex
@@ -108,8 +109,14 @@ class TokenDataset(Dataset):
     def __len__(self) -> int:
         return math.ceil(self.last_start / self.stride) + 1
 
-    def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitems__(self, indices: list[int]) -> Any:
         """Returns a batch, x (B, T) and y (B, T)."""
+        # A subclass may change single examples.
+        if type(self).__getitem__ is not TokenDataset.__getitem__:
+            return [self[index] for index in indices]
+        return self._windows(indices)
+
+    def _windows(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = np.array(indices)[:, None] * self.stride  # (B, 1)
         starts = np.minimum(wanted, self.last_start)  # (B, 1)
         places = starts + np.arange(self.block_size + 1)  # (B, T + 1)
@@ -121,7 +128,7 @@ class TokenDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         # A range refuses numbers past its end, and counts back from it.
-        x, y = self.__getitems__([range(len(self))[index]])  # (1, T)
+        x, y = self._windows([range(len(self))[index]])  # (1, T)
         return x[0], y[0]
 
 

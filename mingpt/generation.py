@@ -38,7 +38,9 @@ def write(model: Any, idx: Tensor, max_new_tokens: int, temperature: float, do_s
           top_k: int | None, top_p: float | None, stop_token: int | None,
           use_cache: bool) -> Iterator[Tensor]:
     """Checks the settings of GPT.generate and returns the new tokens, (B, 1) each."""
-    V = getattr(model.transformer.wte, "num_embeddings", model.config.vocab_size)
+    # A vocabulary of one's own may be unknown.
+    wte = getattr(model.transformer, "wte", None)
+    V = getattr(wte, "num_embeddings", math.inf)
     if idx.dim() != 2 or idx.size(1) == 0:
         raise ValueError(f"got a prompt of shape {tuple(idx.shape)}, "
                          "expected (B, T) with one token or more a row")
@@ -166,17 +168,18 @@ def can_cache(model: Any) -> bool:
 
     A part of one's own takes part by an argument `cache=None` of its forward.
     """
-    blocks = list(model.transformer.h)
+    blocks = getattr(model.transformer, "h", None)
+    if blocks is None or type(model).__call__ is not nn.Module.__call__:
+        return False
     parts = [model.forward, model.features]
     for block in blocks:
         attention = getattr(block, "attn", block)
         # Attention by a mask of its own may look ahead.
-        if getattr(attention, "mask", None) is not None:
+        if getattr(attention, "_mask", None) is not None:
             return False
         parts += [block.forward, attention.forward]
     takes_all = all(takes_cache(part) for part in parts)
-    watched = nn.modules.module._has_any_global_hook()
-    return takes_all and not watched and all(map(is_tokenwise, model.modules()))
+    return takes_all and all(map(is_tokenwise, model.modules()))
 
 
 def is_tokenwise(module: nn.Module) -> bool:
@@ -185,7 +188,7 @@ def is_tokenwise(module: nn.Module) -> bool:
         return False
     if type(module) in TOKENWISE and "forward" not in vars(module):
         return True
-    methods = [find_method(module, name) for name in ("forward", "features", "mlpf")]
+    methods = [find_method(module, name) for name in ("forward", "features", "mlpf", "attend")]
     return all(is_own(method) or takes_cache(method) for method in methods if method)
 
 
@@ -206,4 +209,6 @@ def takes_cache(method: Callable) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Tells whether somebody watches or changes what goes in or comes out."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    hooks = (module._forward_hooks, module._forward_pre_hooks,
+             module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or nn.modules.module._has_any_global_hook()

@@ -74,7 +74,7 @@ class CausalSelfAttention(nn.Module):
         self.fused = True
         self.att: Tensor | None = None  # (B, nh, T, T)
         # For programs that read or set minGPT's mask: see bias. None: attend makes its own.
-        self.register_buffer("mask", None, persistent=False)
+        self.register_buffer("_mask", None, persistent=False)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Maps (B, T, C) to (B, T, C). With a cache, x follows the tokens it holds."""
@@ -90,16 +90,22 @@ class CausalSelfAttention(nn.Module):
                 raise ValueError(f"got {T} tokens after a prompt, expected one at a time")
             k, v = cache.append(k, v)  # (B, nh, past + T, hs)
 
-        # The kernel skips the dropout module. If that was replaced or has a hook, the
-        # formula calls it.
-        dropout = self.attn_dropout
-        if self.fused and type(dropout) in (Dropout, nn.Dropout) and not has_hooks(dropout):
-            p = dropout.p if dropout.training else 0.0
+        if self.uses_kernel():
+            p = self.attn_dropout.p if self.attn_dropout.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=is_causal)
         else:
             y = self.attend(q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
+
+    def uses_kernel(self) -> bool:
+        """Tells whether torch's kernel may stand for the formula."""
+        # The kernel skips the dropout module. If that was replaced or is watched, the
+        # formula calls it.
+        dropout = self.attn_dropout
+        is_plain = type(dropout) in (Dropout, nn.Dropout) and "forward" not in vars(dropout)
+        is_own = type(self).attend is CausalSelfAttention.attend
+        return self.fused and is_plain and is_own and not has_hooks(dropout)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Computes what the kernel computes, softmax(q kᵀ / √hs) v, step by step.
@@ -109,7 +115,7 @@ class CausalSelfAttention(nn.Module):
         """
         T, S = q.size(2), k.size(2)
         att = q @ k.transpose(-2, -1) / math.sqrt(k.size(-1))  # (B, nh, T, S)
-        mask = self.mask
+        mask = self._mask
         if mask is None:
             mask = torch.ones(S, S, device=q.device).tril()  # (S, S)
         att = att.masked_fill(mask[..., S - T:S, :S] == 0, -torch.inf)
@@ -123,15 +129,15 @@ class CausalSelfAttention(nn.Module):
 
         Whoever asks for it may change it, so attention goes by it from then on.
         """
-        if self.mask is None:
+        if self._mask is None:
             T = self.block_size
             mask = torch.ones(T, T, device=self.c_proj.weight.device).tril()  # (T, T)
             self.bias = mask.view(1, 1, T, T)  # (T, T) -> (1, 1, T, T)
-        return self.mask
+        return self._mask
 
     @bias.setter
     def bias(self, mask: Any) -> None:
-        self.mask = mask
+        self._mask = mask
         self.fused = False
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
@@ -248,7 +254,12 @@ class GPT(nn.Module):
     @property
     def is_tied(self) -> bool:
         """Tells whether one matrix does both."""
-        return getattr(self.lm_head, "weight", None) is self.transformer.wte.weight
+        weight = getattr(self.lm_head, "weight", None)
+        return weight is not None and weight is self.embedding_weight()
+
+    def embedding_weight(self) -> Any:
+        """Returns the matrix that embeds the tokens; None where a part of one's own does so."""
+        return getattr(getattr(self.transformer, "wte", None), "weight", None)
 
     def features(self, idx: Tensor, cache: list[KVCache] | None = None) -> Tensor:
         """Computes all but the output layer: tokens (B, T) -> residual stream (B, T, C).
@@ -298,7 +309,7 @@ class GPT(nn.Module):
 
         Weight decay is for the matrices of Linear layers, except the embedding.
         """
-        embedding = self.transformer.wte.weight
+        embedding = self.embedding_weight()
         linears = [m for m in self.modules() if isinstance(m, nn.Linear)]
         weights = [p for m in linears for p in m.parameters(recurse=False) if p.dim() == 2]
         # A dict drops repetitions and keeps the order, which a checkpoint needs.
@@ -383,7 +394,7 @@ def complete_config(config: CN, complete: CN) -> CN:
     """
     known = list(vars(complete))
     for name in [*known, *vars(config)]:
-        if hasattr(config, name):
+        if hasattr(config, name) and not name.startswith("__"):
             setattr(complete, name, getattr(config, name))
     fill_in(complete, {}, known, "GPT")
     model_type = complete.model_type

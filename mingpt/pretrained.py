@@ -214,7 +214,7 @@ def _find_activation(model: Any) -> str:
             block.mlp.act = activation
     expected = dict(plain.named_modules(remove_duplicate=False))
     for name in [*expected, *found]:
-        got = _describe(found.get(name))
+        got = _describe(found.get(name), expected.get(name))
         wanted = _describe(expected.get(name))
         if got != wanted:
             raise ValueError("a folder of the GPT-2 type cannot hold this model: "
@@ -237,8 +237,11 @@ def _build_plain(model: Any) -> Any:
         logger.disabled = disabled
 
 
-def _describe(module: nn.Module | None) -> str:
-    """Says what a module computes, apart from its weights and the modules in it."""
+def _describe(module: nn.Module | None, plain: nn.Module | None = None) -> str:
+    """Says what a module computes, apart from its weights and the modules in it.
+
+    plain is the module that GPT-2 has there.
+    """
     if module is None:
         return "nothing"
     words = [] if any(module.children()) else [module._get_name()]
@@ -246,10 +249,24 @@ def _describe(module: nn.Module | None) -> str:
         words.append(f"{name} {list(parameter.shape)}")
     if hasattr(module, "eps"):
         words.append(f"eps {module.eps}")
-    mask = module._buffers.get("mask")
+    if hasattr(module, "n_head"):
+        words.append(f"{module.n_head} heads")
+    # A GPT may compute its loss in a forward of its own; other parts may not.
+    names = ["features", "mlpf", "attend"] if hasattr(module, "transformer") else [
+        "forward", "mlpf", "attend"]
+    if plain is not None and isinstance(module, type(plain)):
+        if any(is_changed(module, plain, name) for name in names):
+            words.append("a method of its own")
+    mask = module._buffers.get("_mask")
     if mask is not None and not torch.equal(mask != 0, torch.ones_like(mask).tril() != 0):
         words.append("a mask of its own")
     return ", ".join(words) or "no weights of its own"
+
+
+def is_changed(module: nn.Module, plain: nn.Module, name: str) -> bool:
+    """Tells whether a module has another method of this name than a plain one."""
+    methods = [getattr(type(part), name, None) for part in (module, plain)]
+    return name in vars(module) or methods[0] is not methods[1]
 
 
 # -----------------------------------------------------------------------------

@@ -293,9 +293,16 @@ class Trainer:
         return result
 
     def count_targets(self, y: Tensor) -> int:
-        """Counts the targets of the loss; the model may know that some do not count."""
-        if hasattr(self.model, "count_targets"):
-            return int(self.model.count_targets(y))
+        """Counts the targets of the loss; a model's count_targets may know that some do not.
+
+        A class with a forward of its own has a loss of its own, so count_targets of the
+        class that it is made from no longer speaks for it.
+        """
+        for cls in type(self.model).__mro__:
+            if "count_targets" in vars(cls):
+                return int(self.model.count_targets(y))
+            if "forward" in vars(cls):
+                break
         return y.numel()
 
     def decay_end(self) -> float:
@@ -350,3 +357,6 @@ def carry_over(before: Any, optimizer: Any) -> None:
     if len(before.param_groups) == len(optimizer.param_groups):
         for old, new in zip(before.param_groups, optimizer.param_groups):
             new.update({key: value for key, value in old.items() if key not in settings})
+            # A rate that a callback has changed goes on, unless the setting is new.
+            if old.get("initial_lr") == new["initial_lr"]:
+                new["lr"] = old["lr"]

@@ -205,7 +205,7 @@ _warned: set[tuple[str, str]] = set()
 def warn_unknown(config, known: Iterable[str], owner: str) -> None:
     """Logs a warning for each field of a configuration that is not known, once for each owner."""
     for name in vars(config):
-        if name not in known and (owner, name) not in _warned:
+        if name not in known and not name.startswith("__") and (owner, name) not in _warned:
             _warned.add((owner, name))
             logger.warning(f"{owner} does not use {name}{_suggest(name, known)}")
 
@@ -213,10 +213,21 @@ def warn_unknown(config, known: Iterable[str], owner: str) -> None:
 def fill_in(config, defaults: dict, known: Iterable[str], owner: str) -> None:
     """Gives a configuration the fields that it lacks, and Python's own numbers for NumPy's."""
     warn_unknown(config, known, owner)
-    for name, value in {**defaults, **vars(config)}.items():
-        if isinstance(value, (np.generic, torch.Tensor)) and value.ndim == 0:
-            value = value.item()
-        setattr(config, name, value)
+    for name in [*defaults, *vars(config)]:
+        if not name.startswith("__"):
+            old = getattr(config, name, None)
+            value = _to_python(getattr(config, name, defaults.get(name)))
+            if value is not old or not hasattr(config, name):
+                setattr(config, name, value)
+
+
+def _to_python(value):
+    if isinstance(value, (np.generic, torch.Tensor)) and value.ndim == 0:
+        return value.item()
+    # A tuple stays the same object if nothing in it changes.
+    if type(value) is tuple and any(isinstance(item, np.generic) for item in value):
+        return tuple(_to_python(item) for item in value)
+    return value
 
 
 def check_config(config, rules: Iterable[tuple[str, Callable, str]]) -> None:

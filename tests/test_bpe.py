@@ -434,5 +434,16 @@ class Training(Folder):
         self.assertEqual(found.bpe_ranks, expected.bpe_ranks)
 
 
+class OwnMerges(unittest.TestCase):
+    def test_a_bpe_of_ones_own_is_used(self):
+        class Characters(Encoder):
+            def bpe(self, token):
+                return " ".join(token)
+
+        vocabulary = {"a": 0, "b": 1, "ab": 2}
+        self.assertEqual(Encoder(vocabulary, [("a", "b")]).encode("abab"), [2, 2])
+        self.assertEqual(Characters(vocabulary, [("a", "b")]).encode("abab"), [0, 1, 0, 1])
+
+
 if __name__ == "__main__":
     unittest.main()

@@ -14,6 +14,7 @@ import unittest
 from contextlib import redirect_stdout
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -23,6 +24,7 @@ from torch.utils.data import Dataset, TensorDataset
 from common import tiny_config, tiny_gpt
 from mingpt import model as model_module
 from mingpt import trainer as trainer_module
+from mingpt.data import TokenDataset
 from mingpt.generation import can_cache
 from mingpt.model import GPT, MLP, Block, CausalSelfAttention, NewGELU
 from mingpt.run import Run
@@ -996,6 +998,137 @@ class Runs(unittest.TestCase):
             make_trainer(work_dir="out", eval_interval=10)
         self.assertEqual(len(logged.output), 1)
         self.assertIn("work_dir, eval_interval", logged.output[0])
+
+
+class FoundByFreshEyes(unittest.TestCase):
+    """Programs that once went wrong without a word."""
+
+    def test_settings_in_a_class(self):
+        class Settings:
+            device = "cpu"
+            max_iters = 3
+            batch_size = 4
+            learning_rate = 1e-2
+
+        trainer = Trainer(Settings(), GPT(tiny_config()), Copy())
+        trainer.run()
+        self.assertEqual((trainer.steps_done, trainer.config.batch_size), (3, 4))
+
+        class Sizes:
+            model_type = None
+            n_layer, n_head, n_embd, vocab_size, block_size = 2, 2, 16, 11, 8
+
+        self.assertEqual(len(GPT(Sizes).transformer.h), 2)
+
+    def test_numbers_of_numpy_in_a_tuple(self):
+        make_trainer(betas=(np.float64(0.9), np.float32(0.95)), max_iters=1).run()
+
+    def test_a_rate_of_a_callback_goes_on_after_an_interruption(self):
+        used = []
+
+        def halve(trainer):
+            groups = trainer.optimizer.param_groups
+            used.append(groups[0]["lr"])
+            for group in groups:
+                group["lr"] *= 0.5
+            if len(used) == 2:
+                raise KeyboardInterrupt
+
+        trainer = make_trainer(learning_rate=0.01, max_iters=4)
+        trainer.set_callback("on_batch_end", halve)
+        with self.assertRaises(KeyboardInterrupt):
+            trainer.run()
+        trainer.run()
+        self.assertEqual(used, [0.01, 0.005, 0.0025, 0.00125])
+
+    def test_a_loss_of_ones_own_counts_its_own_targets(self):
+        class OwnLoss(GPT):
+            def forward(self, idx, targets=None, cache=None):
+                logits, _ = super().forward(idx)
+                return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten())
+
+        class NoTargets(Copy):
+            def __getitem__(self, index):
+                return super().__getitem__(index)[0], torch.tensor(-1)
+
+        model = OwnLoss(tiny_config())
+        before = copy.deepcopy(model.state_dict())
+        make_trainer(model, NoTargets(), max_iters=1).run()
+        changed = [name for name, value in model.state_dict().items()
+                   if not torch.equal(value, before[name])]
+        self.assertIn("lm_head.weight", changed)
+
+    def test_an_example_that_a_subclass_changes(self):
+        class Masked(TokenDataset):
+            def __getitem__(self, index):
+                x, y = super().__getitem__(index)
+                y = y.clone()
+                y[:3] = -1
+                return x, y
+
+        seen = []
+        model = GPT(tiny_config())
+        model.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+        make_trainer(model, Masked(np.arange(11).repeat(4), 8), max_iters=1).run()
+        self.assertTrue((seen[0][:, :3] == -1).all())
+        self.assertTrue((seen[0][:, 3:] >= 0).all())
+
+    def test_the_formula_of_ones_own(self):
+        class Distance(CausalSelfAttention):
+            def attend(self, q, k, v):
+                pos = torch.arange(k.size(2))
+                scores = q @ k.transpose(2, 3) + (pos - pos[:, None]).clamp(max=0) * 0.5
+                causal = torch.ones(len(pos), len(pos)).tril() == 1
+                return scores.masked_fill(~causal, -torch.inf).softmax(3) @ v
+
+        model = tiny_gpt()
+        plain = greedy(model)
+        for block in model.transformer.h:
+            block.attn.__class__ = Distance
+        self.assertFalse(can_cache(model))
+        self.assertEqual(greedy(model), greedy(model, use_cache=False))
+        self.assertNotEqual(greedy(model), plain)
+
+    def test_every_way_to_watch_the_attention_weights(self):
+        model = GPT(tiny_config(attn_pdrop=0.0))
+        idx = torch.tensor([[1, 2, 3]])
+        seen = []
+        dropout = model.transformer.h[0].attn.attn_dropout
+        dropout.register_full_backward_hook(lambda *args: seen.append("backward"))
+        model(idx, idx)[1].backward()
+        dropout = model.transformer.h[1].attn.attn_dropout
+        dropout.forward = lambda x: seen.append("forward") or x
+        model(idx)
+        self.assertEqual(seen, ["backward", "forward"])
+
+    def test_a_buffer_with_the_name_mask(self):
+        class Own(CausalSelfAttention):
+            def __init__(self, config):
+                super().__init__(config)
+                self.register_buffer("mask", torch.ones(8, 8).triu(1).bool())
+
+        attention = Own(tiny_config()).eval()
+        x = torch.randn(2, 5, 16)
+        expected = attention(x)
+        attention.fused = False
+        torch.testing.assert_close(attention(x), expected)
+
+    def test_a_model_without_wte(self):
+        class Vectors(GPT):
+            def __init__(self, config):
+                super().__init__(config)
+                self.embed = self.transformer["wte"]
+                del self.transformer["wte"]
+
+            def forward(self, idx, targets=None):
+                x = self.embed(idx) + self.transformer.wpe(torch.arange(idx.size(1)))
+                for block in self.transformer.h:
+                    x = block(x)
+                return self.lm_head(self.transformer.ln_f(x)), None
+
+        model = Vectors(tiny_config())
+        self.assertEqual(model.generate(torch.tensor([[1, 2]]), 3).shape, (1, 5))
+        model.configure_optimizers(Trainer.get_default_config())
 
 
 if __name__ == "__main__":

@@ -408,9 +408,13 @@ class Saving(Seeded):
             (r"it has scale \[1\]", "", "scale", nn.Parameter(torch.ones(1))),
             ("transformer.h.0.mlp.c_fc has nothing", "transformer.h.0", "mlp",
              nn.Sequential(nn.Linear(16, 16), nn.Tanh())),
-            ("transformer.h.0.attn has a mask", "transformer.h.0.attn", "bias",
+            ("transformer.h.0.attn has .*a mask", "transformer.h.0.attn", "bias",
              torch.ones(1, 1, 8, 8)),
             ("transformer.h.2 has", "transformer.h", "2", Block(tiny_gpt().config)),
+            ("transformer.h.1 has a method of its own", "transformer.h.1", "mlpf", lambda x: x),
+            ("transformer.h.0.ln_1 has .*a method of its own", "transformer.h.0.ln_1", "forward",
+             lambda x: x),
+            ("transformer.h.0.attn has 1 heads", "transformer.h.0.attn", "n_head", 1),
         )
         for named, module, name, part in changes:
             model = tiny_gpt()
