@@ -248,8 +248,11 @@ class TokenCache(dict):
         else:
             # The frequent pieces are soon back.
             self.clear()
-            self.size = 0
         return tokens
+
+    def clear(self) -> None:
+        super().clear()
+        self.size = 0
 
 
 def _read(name: str, sha256: str) -> str:

@@ -435,6 +435,13 @@ class Training(Folder):
 
 
 class OwnMerges(unittest.TestCase):
+    def test_a_cache_that_is_cleared_begins_anew(self):
+        encoder = Encoder({"a": 0, "b": 1}, [])
+        encoder.encode("ab")
+        self.assertGreater(encoder.cache.size, 0)
+        encoder.cache.clear()
+        self.assertEqual(encoder.cache.size, 0)
+
     def test_a_bpe_of_ones_own_is_used(self):
         class Characters(Encoder):
             def bpe(self, token):
