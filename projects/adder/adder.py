@@ -1,7 +1,7 @@
 """
 Teaches a GPT to add two numbers of n digits.
 
-    python projects/adder/adder.py            two digits, ten seconds on a CPU
+    python projects/adder/adder.py            two digits, 10 to 20 seconds
     python projects/adder/adder.py --help     every setting with its default
 
 The problem 85 + 50 = 135 becomes the row of tokens 8 5 5 0 5 3 1. It has no
