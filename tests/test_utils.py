@@ -329,6 +329,14 @@ class Log(Folder):
 
 
 class Files(Folder):
+    def test_the_bytes_are_on_the_disk_before_the_name(self):
+        done = []
+        fsync = mock.patch("os.fsync", side_effect=lambda number: done.append("disk"))
+        rename = mock.patch("os.replace", side_effect=lambda *paths: done.append("name"))
+        with fsync, rename, replacing(self.folder / "file") as part:
+            part.write_text("text", encoding="utf-8")
+        self.assertEqual(done, ["disk", "name"])
+
     def test_replacing_is_all_or_nothing(self):
         path = self.folder / "file"
         with replacing(path) as part:
