@@ -54,6 +54,14 @@ class Pictures(unittest.TestCase):
         self.assertGreaterEqual(min(first), pixels.GREYS)
 
 
+class Help(unittest.TestCase):
+    def test_help_needs_no_scikit_learn(self):
+        with mock.patch.dict(sys.modules, {"sklearn": None, "matplotlib": None}):
+            status, printed, errors = run_here(pixels.main, "--help")
+        self.assertEqual((status, errors), (0, ""))
+        self.assertIn("--system.validation", printed)
+
+
 class Scores(unittest.TestCase):
     def test_counting(self):
         rng = np.random.default_rng(1)

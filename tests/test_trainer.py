@@ -8,12 +8,14 @@ import math
 import sys
 import threading
 import unittest
+from unittest import mock
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from common import tiny_config
+from mingpt import processes
 from mingpt.model import GPT
 from mingpt.trainer import Trainer
 from mingpt.utils import set_seed
@@ -566,6 +568,20 @@ class Extremes(unittest.TestCase):
         trainers[0].run()
         for trainer in trainers:
             self.assertTrue(torch.equal(weights(trainer.model), weights(expected.model)))
+
+
+class Precision(unittest.TestCase):
+    def test_bfloat16_only_where_a_gpu_has_it_by_itself(self):
+        # Older GPUs only emulate it.
+        def supported(including_emulation=True):
+            return including_emulation
+
+        with mock.patch("torch.cuda.is_bf16_supported", supported):
+            self.assertEqual(processes.choose_dtype("auto", "cuda"), torch.float32)
+            self.assertEqual(processes.choose_dtype("bfloat16", "cuda"), torch.bfloat16)
+        with mock.patch("torch.cuda.is_bf16_supported", lambda including_emulation=True: True):
+            self.assertEqual(processes.choose_dtype("auto", "cuda"), torch.bfloat16)
+            self.assertEqual(processes.choose_dtype("auto", "cpu"), torch.float32)
 
 
 if __name__ == "__main__":
