@@ -19,6 +19,7 @@ import regex
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from mingpt.processes import STOP_SIGNALS
 from mingpt.utils import progress, replacing
 
 PART_CHARACTERS = 1 << 16
@@ -181,6 +182,5 @@ def _collate(examples):
 
 def _ignore_signals(worker: int) -> None:
     # The trainer finishes its step after a signal, then it ends its workers.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

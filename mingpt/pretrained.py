@@ -126,7 +126,7 @@ def load_pretrained(cls: Any, name: str | Path) -> Any:
 
     # The model is no longer tied if a head of its own was among the weights.
     if model.config.tie_weights:
-        model.lm_head.weight = model.transformer.wte.weight
+        model.tie_weights()
     if given.get("activation_function") == "gelu":
         for block in model.transformer.h:
             block.mlp.act = nn.GELU()
@@ -144,7 +144,7 @@ def crop_model(model: Any, block_size: int, vocab_size: int) -> None:
     for module, size in ((t.wpe, block_size), (t.wte, vocab_size), (model.lm_head, vocab_size)):
         module.weight = nn.Parameter(module.weight.detach()[:size])  # (rows, C) -> (size, C)
     if is_tied:
-        model.lm_head.weight = t.wte.weight
+        model.tie_weights()
     t.wpe.num_embeddings = block_size
     t.wte.num_embeddings = vocab_size
     model.lm_head.out_features = vocab_size

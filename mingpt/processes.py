@@ -18,6 +18,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Signals that ask for an end. Windows has no SIGHUP.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+                if hasattr(signal, name)]
+
 
 def rank() -> int:
     """Returns the number of this process: 0 for the first, or the only one."""
@@ -128,10 +132,9 @@ class Signals:
     def __enter__(self) -> "Signals":
         # Other threads get no signals.
         if threading.current_thread() is threading.main_thread():
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)
-                # nohup, for example, wants a signal ignored. Windows has no SIGHUP.
-                if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            for number in STOP_SIGNALS:
+                # nohup, for example, wants a signal ignored.
+                if signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
         return self
 
