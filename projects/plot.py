@@ -3,6 +3,7 @@ Draws the loss and the learning rate of runs, from the metrics.jsonl in their wo
 
     python projects/plot.py out/adder/metrics.jsonl                 # makes out/adder/metrics.png
     python projects/plot.py a/metrics.jsonl b/metrics.jsonl --out both.png
+    python projects/plot.py out/chat/metrics.jsonl --log            # for a loss that comes near 0
 
 Needs matplotlib.
 """
@@ -54,6 +55,7 @@ def main(args: list[str]) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("metrics", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, help="the picture; metrics.png beside the first file")
+    parser.add_argument("--log", action="store_true", help="draw the loss on a logarithmic axis")
     options = parser.parse_args(args)
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -62,7 +64,10 @@ def main(args: list[str]) -> None:
         run = path.parent.name if path.stem == "metrics" else path.stem
         name = f"{run}, " if len(options.metrics) > 1 else ""
         draw_run(losses, rates, read_rows(path), f"C{i}", name)
-    losses.set_ylabel("loss (lower is better)")
+    losses.set_ylabel("loss, nats per token (lower is better)")
+    if options.log:
+        losses.set_yscale("log")
+        losses.yaxis.set_major_formatter("{x:g}")
     rates.set_ylabel("learning rate")
     rates.set_xlabel("step")
     for axes in (losses, rates):

@@ -81,8 +81,9 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
     draw_losses(above, rungs, results, "loss", "C0", "the same characters")
     draw_losses(above, rungs, results, "loss_in_time", "C1", "the same seconds")
     draw_losses(below, variants, results, "loss", "C0", "the same characters")
-    above.legend(title="each rung had")
-    below.set_xlabel("loss on the held-out text, nats per character (lower is better)")
+    above.legend(title="a dot is a seed; each rung had", loc="lower right")
+    for axes in (above, below):
+        axes.set_xlabel("loss on the held-out text, nats per character (lower is better)")
     figure.savefig(path, dpi=110)
 
 
