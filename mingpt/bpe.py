@@ -42,19 +42,22 @@ if TYPE_CHECKING:
 WORD = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 # White space and all up to the next one: one word or several. No word crosses its
-# ends, and finding pieces is nearly four times as fast. SPACE is WORD's \s.
+# ends, and re finds pieces four times as fast. SPACE is the \s of regex in WORD.
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 PIECE = re.compile(f"[{SPACE}]*[^{SPACE}]+|[{SPACE}]+")
 
-CACHE_BYTES = 32 << 20
+# The cache holds at most this many pieces, and none that is longer.
+CACHED_PIECES = 100_000
+CACHED_CHARACTERS = 100
+
 SOURCE = "https://openaipublic.blob.core.windows.net/gpt-2/models/124M/"
 
 
 def bytes_to_unicode() -> dict[int, str]:
     """Gives every byte a visible character: {33: "!", 65: "A", 32: "Ġ", 10: "Ċ", ...}.
 
-    A file with a token a line cannot hold a newline or one half of "é". The 188 bytes that
-    Latin-1 prints stand for themselves; the other 68 take the characters from number 256 on.
+    The 188 bytes that Latin-1 prints stand for themselves. The other 68 take the
+    characters from number 256 on.
     """
     visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -73,7 +76,7 @@ class Encoder:
     def __init__(self, encoder: dict, bpe_merges: Iterable, special_tokens: dict | None = None):
         """Takes {token: number}, pairs of symbols in the order learned, and {added token: number}.
 
-        bytes_to_unicode spells a token. An added token is plain text, such as "<|user|>".
+        bytes_to_unicode spells a token; an added token is plain text, such as "<|user|>".
         """
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {character: byte for byte, character in self.byte_encoder.items()}
@@ -81,23 +84,22 @@ class Encoder:
         self.bpe_ranks = {tuple(pair): rank for rank, pair in enumerate(bpe_merges)}
 
         # A special token is plain text that no merge makes.
-        bytes_spell = set(self.byte_decoder).issuperset
-        spelled = {t: n for t, n in encoder.items() if bytes_spell(t)}
-        self.special_tokens = {t: n for t, n in encoder.items() if t not in spelled}
-        if "<|endoftext|>" in encoder:
-            self.special_tokens["<|endoftext|>"] = encoder["<|endoftext|>"]
+        self.special_tokens = {}
+        self.token_bytes = {}
+        for token, number in encoder.items():
+            if token == "<|endoftext|>" or not self.byte_decoder.keys() >= set(token):
+                self.special_tokens[token] = number
+            else:
+                self.token_bytes[number] = bytes([self.byte_decoder[c] for c in token])
         if special_tokens is not None:
             self.special_tokens.update(special_tokens)
+        self.token_bytes |= {n: t.encode("utf-8") for t, n in self.special_tokens.items()}
+        self.decoder = {n: t for t, n in chain(encoder.items(), self.special_tokens.items())}
         # <|endoftext|> stands between two texts. None: the vocabulary lacks it.
         self.eot_token = self.special_tokens.get("<|endoftext|>")
 
-        self.decoder = {n: t for t, n in encoder.items()}
-        self.decoder |= {n: t for t, n in self.special_tokens.items()}
-        self.token_bytes = {n: bytes([self.byte_decoder[c] for c in t]) for t, n in spelled.items()}
-        self.token_bytes |= {n: t.encode("utf-8") for t, n in self.special_tokens.items()}
-
         # Words that are known to end as one token when they are merged.
-        self.whole_words: dict[str, int] = {}
+        self.whole_words: dict = {}
         self.cache = TokenCache(self._encode_word)
 
     def encode(self, text: str, allowed_special: str | Iterable[str] = ()) -> list[int]:
@@ -112,19 +114,19 @@ class Encoder:
         special = sorted(set(allowed_special), key=len, reverse=True)
         if not self.special_tokens.keys() >= set(special):
             raise ValueError(f"got {special}, expected special tokens: {list(self.special_tokens)}")
-
-        if special:
-            tokens: list[int] = []
-            # The group keeps what is split at: text, special token, text, ..., text.
-            for part in re.split(f"({'|'.join(map(re.escape, special))})", text):
-                tokens += [self.special_tokens[part]] if part in special else self.encode(part)
-            return tokens
-
-        return list(chain.from_iterable(map(self.cache.__getitem__, PIECE.findall(text))))
+        # The group keeps the places of the cuts: text, special token, text, ..., text.
+        cuts = f"({'|'.join(map(re.escape, special))})"
+        tokens: list[int] = []
+        for part in re.split(cuts, text) if special else [text]:
+            if part in special:
+                tokens.append(self.special_tokens[part])
+            else:
+                tokens.extend(chain.from_iterable(map(self.cache.__getitem__, PIECE.findall(part))))
+        return tokens
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         spelled = self._spell(word)
-        if type(self).bpe is not Encoder.bpe or "bpe" in vars(self):
+        if getattr(self.bpe, "__func__", None) is not Encoder.bpe:
             # Somebody merges in another way, such as with dropout.
             symbols = self.bpe(spelled).split(" ")
         elif spelled in self.whole_words:
@@ -156,10 +158,10 @@ class Encoder:
             on_merge(lowest, symbols)
 
     def _merge(self, token: str) -> list[str]:
-        """Merges as bpe does, but takes n log n steps for n symbols.
+        """Merges as bpe does, but in n log n steps for n symbols.
 
-        A heap hands out the pairs by rank, then from left to right. A merged symbol stays at the
-        place of its left part, so no list is shifted: left and right lead to the neighbours.
+        A heap hands out the pairs by rank, then from left to right. A merged symbol
+        stays at its left part's place; left and right lead to the neighbours.
         """
         rank_of = self.bpe_ranks.get
         # A sentinel at both ends, as place -1 is the last one: no merge contains None.
@@ -176,12 +178,10 @@ class Encoder:
             # Another merge may have taken a part of this pair.
             if rank_of((symbols[i], symbols[j])) != rank:
                 continue
-
             symbols[i] += symbols[j]
             symbols[j] = None
             right[i] = right[j]
             left[right[j]] = i
-
             # The merged symbol forms two new pairs.
             for place in (left[i], i):
                 new_rank = rank_of((symbols[place], symbols[right[place]]))
@@ -227,38 +227,27 @@ class Encoder:
 
 
 class TokenCache(dict):
-    """Keeps the tokens of the pieces met so far, in bounded memory.
-
-    A dict calls __missing__ for a new key, so a known piece costs one look-up.
-    """
+    """Keeps the tokens of the pieces met so far; a dict calls __missing__ for a new key."""
 
     def __init__(self, encode_word: Callable[[str], tuple[int, ...]]):
         self.encode_word = encode_word
-        self.size = 0
 
     def __missing__(self, piece: str) -> tuple[int, ...]:
         words = WORD.findall(piece)
         single = len(words) == 1
         tokens = self.encode_word(piece) if single else tuple(chain(*map(self.__getitem__, words)))
-
-        # An entry takes about 250 bytes, and more for each character and token.
-        self.size += 250 + 4 * len(piece) + 8 * len(tokens)
-        if self.size < CACHE_BYTES:
-            self[piece] = tokens
-        else:
+        if len(self) >= CACHED_PIECES:
             # The frequent pieces are soon back.
             self.clear()
+        if len(piece) <= CACHED_CHARACTERS:
+            self[piece] = tokens
         return tokens
-
-    def clear(self) -> None:
-        super().clear()
-        self.size = 0
 
 
 def _read(name: str, sha256: str) -> str:
     """Reads a file of GPT-2's vocabulary from $MINGPT_CACHE or ~/.cache/mingpt.
 
-    Downloads it if it is missing or damaged there. OSError or ValueError if that fails.
+    Downloads it if it is missing or damaged there; OSError if that fails.
     """
     path = Path(os.environ.get("MINGPT_CACHE") or Path.home() / ".cache" / "mingpt") / name
     content = path.read_bytes() if path.is_file() else b""
@@ -267,34 +256,32 @@ def _read(name: str, sha256: str) -> str:
 
     import requests
 
-    remedy = f"Get {SOURCE}{name} in another way, and put it at {path}"
     try:
         response = requests.get(SOURCE + name, timeout=30)
         response.raise_for_status()
-        content = response.content
-    except requests.RequestException as error:
-        reason = f"{path} is missing or damaged, and the download failed: {error}"
-        raise OSError(f"{reason}. {remedy}") from error
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{SOURCE}{name} is not the file that has sha256 {sha256}. {remedy}")
+        if hashlib.sha256(response.content).hexdigest() != sha256:
+            raise OSError(f"its sha256 is not {sha256}")
+    except OSError as error:
+        raise OSError(f"{path} is missing or damaged, and the download failed: {error}. "
+                      f"Get {SOURCE}{name} in another way, and put it at {path}") from error
 
     path.parent.mkdir(parents=True, exist_ok=True)
     # It is written beside and renamed, so path is never half a file.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        Path(folder, name).write_bytes(content)
+        Path(folder, name).write_bytes(response.content)
         os.replace(Path(folder, name), path)
-    return content.decode("utf-8")
+    return response.content.decode("utf-8")
 
 
 def get_encoder() -> Encoder:
-    """Makes GPT-2's own encoder, of 50,257 tokens. For the errors, see _read."""
+    """Makes GPT-2's own encoder, of 50,257 tokens; OSError if its files cannot be had."""
     vocabulary = json.loads(
         _read("encoder.json", "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783")
     )
     merges = _read("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")
     encoder = Encoder(vocabulary, map(str.split, merges.splitlines()[1:]))
-    # The merges of GPT-2 reach each of its tokens (a test tries them all), so a
-    # word that is a token needs no merging. Not every vocabulary is like that.
+    # GPT-2's merges reach each of its tokens, so a word that is a token needs no
+    # merging. Not every vocabulary is like that.
     encoder.whole_words = dict(vocabulary)
     return encoder
 

@@ -10,7 +10,7 @@ From a text to the batches of a step: text -> tokens in a file -> windows -> bat
 import functools
 import math
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +42,18 @@ def _read_parts(path: str | Path) -> Iterator[str]:
             yield from iter(lambda: file.read(PART_CHARACTERS), "")
         except UnicodeDecodeError as error:
             # The bytes of error.object end where the file is read to.
-            end = file.buffer.tell()  # type: ignore[attr-defined]
-            place = end - len(error.object) + error.start
+            place = file.buffer.tell() - len(error.object) + error.start  # type: ignore
             raise ValueError(f"{path} is not UTF-8 text: byte {error.object[error.start]:#04x} "
                              f"at position {place}; save it as UTF-8 first") from None
 
 
-def encode_file(encoder, path: str | Path, out: str | Path, allowed_special=()) -> int:
+def encode_file(encoder, path: str | Path, out: str | Path,
+                allowed_special: str | Collection[str] = ()) -> int:
     """Encodes a text file to a file of uint16 tokens, and returns their number.
 
     They are the tokens of encoder.encode(read_text(path), allowed_special), but memory
-    holds only a part of the text, or one run of letters if that is longer. ValueError for
-    a text that is not UTF-8 or too large a vocabulary; an older `out` then stays as it is.
+    holds only a part of the text, up to some white space. ValueError for a text that is
+    not UTF-8 or too large a vocabulary; an older `out` then stays as it is.
     """
     path = Path(path).expanduser()
     out = Path(out).expanduser()
@@ -61,25 +61,22 @@ def encode_file(encoder, path: str | Path, out: str | Path, allowed_special=()) 
         raise ValueError(f"got {out} for the tokens of {path}, expected the name of another file")
     if max(encoder.decoder) > 65535:
         raise ValueError(f"the vocabulary goes up to {max(encoder.decoder)}, uint16 to 65535")
-    special = [allowed_special] if isinstance(allowed_special, str) else list(allowed_special)
+    if regex.search(r"\s", "".join(allowed_special)):
+        raise ValueError(f"got {allowed_special}, expected special tokens without white space")
 
-    # A word ends where a letter meets another sign, and before white space. The text
-    # is cut there, but not between two neighbours in a special token.
-    neighbours = [regex.escape(token[i:i + 2]) for token in special for i in range(len(token) - 1)]
-    inside = f"(?!{'|'.join(neighbours)})" if neighbours else ""
-    last_cut = regex.compile(rf"(?r){inside}(?:\p{{L}}(?=\P{{L}})|\S(?=\s))")
+    # White space never continues a word, so the text is cut before the last of it.
+    last_cut = regex.compile(r"(?r)\S(?=\s)")
     count = path.stat().st_size // PART_CHARACTERS + 1
     rest = ""
     with replacing(out) as new, open(new, "wb") as file:
         for part in progress(_read_parts(path), f"encoding {path}", count):
-            searched = max(0, len(rest) - 1)
             rest += part
-            cut = last_cut.search(rest, searched)
+            cut = last_cut.search(rest)
             if cut is not None:
-                tokens = encoder.encode(rest[:cut.end()], special)
+                tokens = encoder.encode(rest[:cut.end()], allowed_special)
                 np.array(tokens, dtype=np.uint16).tofile(file)
                 rest = rest[cut.end():]
-        np.array(encoder.encode(rest, special), dtype=np.uint16).tofile(file)
+        np.array(encoder.encode(rest, allowed_special), dtype=np.uint16).tofile(file)
     return out.stat().st_size // 2
 
 
@@ -147,7 +144,7 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def count_examples(dataset) -> int:
-    """Returns the length of a dataset; ValueError if it has none, or no examples."""
+    """Returns the length of a dataset; ValueError if it has none or is empty."""
     has_length = hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
     if not has_length or len(dataset) == 0:
         raise ValueError(f"got a {type(dataset).__name__} that is empty or has no length, "

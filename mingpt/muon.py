@@ -7,8 +7,7 @@ A few directions dominate the gradient of a weight matrix. Gradient descent move
 far along them and hardly along the others, and so does AdamW. Muon sets all
 singular values of a step to about 1: of the gradient's U S Vᵀ it keeps U Vᵀ, the
 nearest orthogonal matrix. Source: https://kellerjordan.github.io/posts/muon/ (2024).
-torch.optim.Muon computes in bfloat16, which is slow on many processors (32 times as
-slow on one without AVX-512), and does not balance rows.
+torch.optim.Muon computes in bfloat16, which many processors do slowly.
 """
 
 import math
@@ -32,9 +31,8 @@ def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     x = matrix / (matrix.norm() + 1e-7)
     for _ in range(steps):
         A = x @ x.T  # (m, m)
-        # torch.addmm adds a product to a matrix in one pass. This is B = b A + c A A.
+        # B = b A + c A A, and x = a x + B x, each in one pass.
         B = torch.addmm(A, A, A, beta=b, alpha=c)  # (m, m)
-        # This is x = a x + B x.
         x = torch.addmm(x, B, x, beta=a)  # (m, n)
     return x
 
@@ -42,12 +40,11 @@ def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Trains matrices by orthogonal steps, with decoupled weight decay.
 
-    A parameter group with parts=3 holds matrices stacked from three, such as query,
-    key and value: each third is orthogonalized by itself. Rows that took long steps
-    lately take shorter ones, so that all neurons learn alike ("NorMuon", Li et al.
-    2025, algorithm 1). A step changes a weight by 0.2 times the learning rate (root
-    mean square), as far as AdamW does, so that one learning rate serves both (Liu et
-    al. 2025, "Muon is Scalable for LLM Training", section 2.2).
+    A group with parts=3 holds matrices stacked from three, such as query, key and
+    value: each third is orthogonalized by itself. Rows that took long steps lately
+    take shorter ones ("NorMuon", Li et al. 2025, algorithm 1). A step changes a weight
+    by 0.2 times the learning rate (root mean square), about as AdamW does, so that one
+    rate serves both ("Muon is Scalable for LLM Training", Liu et al. 2025, section 2.2).
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95,
@@ -88,40 +85,26 @@ class Muon(torch.optim.Optimizer):
 
 
 class JoinedOptimizer(torch.optim.Optimizer):
-    """Joins several optimizers to one, which torch's schedulers accept.
-
-    It has all groups and the state of its parts, and they work on these same objects.
-    """
+    """Joins several optimizers to one, which torch's schedulers accept."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
         super().__init__([group for part in parts for group in part.param_groups], {})
         self.parts = parts
-        for part in parts:
-            self.state.update(part.state)
-        self._share()
 
-    def _share(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
+        """Takes a step of each part, with the groups and the state of this optimizer."""
         groups = iter(self.param_groups)
         for part in self.parts:
             part.param_groups = [next(groups) for _ in part.param_groups]
             part.state = self.state
-
-    def step(self) -> None:  # type: ignore[override]
-        """Takes a step of each part."""
-        for part in self.parts:
             part.step()
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Loads a state_dict(); the new groups and state are those of the parts, too."""
-        super().load_state_dict(state_dict)
-        self._share()
 
 
 def join_muon(groups: list[dict], in_blocks: set, stacked: set, config) -> JoinedOptimizer:
     """Makes Muon for the blocks' matrices, joined with AdamW for all other parameters.
 
-    groups: AdamW's two groups, the matrices first. in_blocks: parameters of the
-    blocks. stacked: matrices stacked from three. config: the settings of the trainer.
+    groups: AdamW's two groups, the matrices first. in_blocks: parameters of the blocks.
+    stacked: matrices stacked from three. config: the settings of the trainer.
     """
     matrices = [p for p in groups[0]["params"] if p in in_blocks and p.requires_grad]
     rest = [p for p in groups[0]["params"] if p not in set(matrices)]
