@@ -1,22 +1,15 @@
-"""
-Tests what surrounds the code: version, requirements, types, and the files of a distribution.
-
-    python -m unittest tests/test_package.py
-"""
+"""What surrounds the code: requirements, types, and the files of a distribution."""
 
 import ast
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 import tarfile
 import unittest
 
 import mingpt
 from common import ROOT, Folder, run_python
-
-HAS_SETUPTOOLS = importlib.util.find_spec("setuptools") is not None
 
 # Parts of torch that mypy need not read: with them it takes three times as long.
 UNREAD = ("_decomp", "_dynamo", "_export", "_functorch", "_higher_order_ops", "_inductor", "_prims",
@@ -86,20 +79,21 @@ class Code(Folder):
         self.assertIn("Success: no issues found", shown)
 
 
-@unittest.skipUnless(HAS_SETUPTOOLS, "setuptools is not installed")
+@unittest.skipUnless(importlib.util.find_spec("setuptools"), "setuptools is not installed")
 class Distribution(Folder):
-    def test_source_distribution_has_all_that_its_tests_need(self):
-        run_python("setup.py", "-q", "egg_info", f"--egg-base={self.folder}",
-                   "sdist", f"--dist-dir={self.folder}", cwd=ROOT)
+    def setup(self, *args) -> None:
+        run_python("setup.py", "-q", "egg_info", f"--egg-base={self.folder}", *args, cwd=ROOT)
+
+    def test_a_source_distribution_has_all_that_its_tests_need(self):
+        self.setup("sdist", f"--dist-dir={self.folder}")
         with tarfile.open(next(self.folder.glob("*.tar.gz"))) as archive:
             members = {name.partition("/")[2]: name for name in archive.getnames()}
             description = archive.extractfile(members["PKG-INFO"]).read().decode("utf-8")
-        wanted = subprocess.run(
-            ["git", "ls-files", "mingpt", "projects", "tests", "*.ipynb", "*.txt", "*.md", "LICENSE",
-             "setup.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-        wanted += ["mingpt/model.py", "mingpt/py.typed", "projects/adder/adder.py",
-                   "tests/common.py", "demo.ipynb", "requirements.txt"]
-        self.assertEqual(set(wanted) - members.keys(), set())
+        wanted = {path.relative_to(ROOT).as_posix() for folder in ("mingpt", "projects", "tests")
+                  for path in (ROOT / folder).rglob("*.py")}
+        wanted |= {"mingpt/py.typed", "mingpt/recipes.md", "demo.ipynb", "generate.ipynb",
+                   "projects/finetune/austen/model.safetensors", "requirements.txt", "LICENSE"}
+        self.assertEqual(wanted - members.keys(), set())
 
         # An index page shows the readme, without the files that it leads to.
         self.assertIn(f"Version: {mingpt.__version__}\n", description)
@@ -107,19 +101,15 @@ class Distribution(Folder):
         self.assertEqual(re.findall(r"\]\((?!https?://|#)[^)]*\)|<img", description), [])
 
     def test_the_installed_files_are_typed_and_work_alone(self):
-        run_python("setup.py", "-q", "egg_info", f"--egg-base={self.folder}",
-                   "build", f"--build-base={self.folder}/build", f"--build-lib={self.folder}/lib",
-                   cwd=ROOT)
-        built = self.folder / "lib" / "mingpt"
-        names = sorted(path.name for path in built.iterdir())
-        source = sorted(path.name for path in (ROOT / "mingpt").glob("*.py"))
-        self.assertEqual([name for name in names if name.endswith(".py")], source)
-        self.assertIn("py.typed", names)
-
-        modules = ", ".join(f"mingpt.{name[:-3]}" for name in source if name != "__init__.py")
+        library = self.folder / "lib"
+        self.setup("build", f"--build-base={self.folder}/build", f"--build-lib={library}")
+        self.assertTrue((library / "mingpt" / "py.typed").exists())
+        names = sorted(path.stem for path in (ROOT / "mingpt").glob("[a-z]*.py"))
+        modules = ", ".join(f"mingpt.{name}" for name in names)
         script = f"import {modules}; print(mingpt.__version__, mingpt.__file__)"
-        shown = run_python("-W", "error", "-c", script, cwd=self.folder, PYTHONPATH=str(built.parent))
-        self.assertEqual(shown.stdout.split(), [mingpt.__version__, str(built / "__init__.py")])
+        shown = run_python("-W", "error", "-c", script, cwd=self.folder, PYTHONPATH=str(library))
+        expected = [mingpt.__version__, str(library / "mingpt" / "__init__.py")]
+        self.assertEqual(shown.stdout.split(), expected)
 
 
 if __name__ == "__main__":
