@@ -12,10 +12,12 @@ vocab.json and merges.txt.
 """
 
 import contextlib
+import copy
 import json
+import math
 import os
 import re
-import reprlib
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,7 @@ from torch.overrides import TorchFunctionMode
 from mingpt.bpe import Encoder, get_encoder
 from mingpt.utils import logger, replacing
 
-INSTALL = ("pip install huggingface_hub safetensors "
-           "(a folder needs no huggingface_hub, a .bin file no safetensors)")
+INSTALL = "pip install huggingface_hub safetensors"
 HUB_NAMES = {name: f"openai-community/{name}"
              for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 HUB_NAMES["distilgpt2"] = "distilbert/distilgpt2"
@@ -38,7 +39,6 @@ WEIGHT_FILES = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
 )
 VOCABULARY_FILES = ("tokenizer.*", "vocab.*", "merges.txt", "added_tokens.json", "*.model")
-EMBEDDING = "transformer.wte.weight"
 HEAD = "lm_head.weight"
 
 # A GPT's configuration has these fields under the same names.
@@ -58,21 +58,10 @@ MODEL_CHOICES = {
     "tie_word_embeddings": (True, False),
 }
 # The same for the parts of tokenizer.json.
-TOKENIZER_CHOICES = {
-    "normalizer.type": (None,),
-    "pre_tokenizer.type": ("ByteLevel",),
-    "pre_tokenizer.add_prefix_space": (False,),
-    "pre_tokenizer.use_regex": (True,),
-    "model.type": ("BPE",),
-    "model.continuing_subword_prefix": (None, ""),
-    "model.end_of_word_suffix": (None, ""),
-    "model.byte_fallback": (False,),
-}
-# Modules for the MLP, and the names that transformers has for them.
-ACTIVATIONS = {
-    "NewGELU()": "gelu_new",
-    "GELU(approximate='tanh')": "gelu_new",
-    "GELU(approximate='none')": "gelu",
+TOKENIZER_CHOICES: dict[str, dict[str, tuple]] = {
+    "normalizer": {"type": (None,)},
+    "pre_tokenizer": {"type": ("ByteLevel",), "add_prefix_space": (False,), "use_regex": (True,)},
+    "model": {"type": ("BPE",), "end_of_word_suffix": (None, ""), "byte_fallback": (False,)},
 }
 
 # -----------------------------------------------------------------------------
@@ -100,21 +89,19 @@ def load_pretrained(cls: Any, name: str | Path) -> Any:
     the hub fails, ImportError if a package is missing.
     """
     folder = _find_folder(name)
-    given = _read_json(folder / "config.json")
-    _check_choices(folder / "config.json", given, MODEL_CHOICES)
-    path, tensors = _read_weights(folder)
+    settings = _read_json(folder / "config.json")
+    _check_choices(folder / "config.json", settings, MODEL_CHOICES)
+    tensors = _read_weights(folder)
 
     config = cls.get_default_config()
-    config.merge_from_dict({field: given[field] for field in SHARED_FIELDS if field in given})
-    config.block_size = given.get("n_positions")
-    config.tie_weights = given.get("tie_word_embeddings", True) or HEAD not in tensors
-    if EMBEDDING in tensors:
-        tensors.setdefault(HEAD, tensors[EMBEDDING])
+    config.merge_from_dict({field: settings[field] for field in SHARED_FIELDS if field in settings})
+    config.block_size = settings.get("n_positions")
+    config.tie_weights = settings.get("tie_word_embeddings", True) or HEAD not in tensors
+    layers = {key.split(".")[2] for key in tensors if key.startswith("transformer.h.")}
     try:
-        # A layer has 12 tensors. A million layers would take minutes to build.
-        if len(tensors) // 12 != config.n_layer:
-            raise ValueError(f"n_layer = {reprlib.repr(config.n_layer)} does not go with "
-                             f"{len(tensors)} tensors")
+        # A million layers would take minutes to build.
+        if len(layers) != config.n_layer:
+            raise ValueError(f"n_layer is {config.n_layer!r}, but {len(layers)} have weights")
         with SkipInit():
             model = cls(config)
         # Files are mapped into memory, so a weight is read when it is first used.
@@ -122,15 +109,17 @@ def load_pretrained(cls: Any, name: str | Path) -> Any:
         model.load_state_dict(state, assign=True)
     except (ValueError, RuntimeError) as error:
         problem = " ".join(str(error).split())
-        raise ValueError(f"{path} and its config.json do not make a model: {problem}") from None
+        raise ValueError(f"config.json and the weights in {folder} do not make a model: "
+                         f"{problem}") from None
 
     # The model is no longer tied if a head of its own was among the weights.
     if model.config.tie_weights:
         model.tie_weights()
-    if given.get("activation_function") == "gelu":
+    if settings.get("activation_function") == "gelu":
         for block in model.transformer.h:
             block.mlp.act = nn.GELU()
-    model.config.merge_from_dict({field: given[field] for field in KEPT_FIELDS if field in given})
+    kept = {field: settings[field] for field in KEPT_FIELDS if field in settings}
+    model.config.merge_from_dict(kept)
     return model.eval()
 
 
@@ -159,28 +148,24 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
     Without the package safetensors the weights are in pytorch_model.bin. ValueError
     for a model with a part that GPT-2 lacks, since no such folder can hold it.
     """
-    activation = _find_activation(model)
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_positions": model.block_size,
+        "activation_function": _find_activation(model),
+        "tie_word_embeddings": model.is_tied,
+        "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+    }
+    config |= {field: getattr(model.config, field) for field in SHARED_FIELDS}
+    # <|endoftext|> of GPT-2's own vocabulary, which transformers takes if nothing is said.
+    eot = 50256 if model.config.vocab_size == 50257 else None
+    config |= {field: getattr(model.config, field, eot) for field in KEPT_FIELDS}
     state = model.state_dict()
     if model.is_tied:
         del state[HEAD]
     # In a file of safetensors no tensors share memory.
     state = {key: _transpose(key, tensor).clone(memory_format=torch.contiguous_format)
              for key, tensor in state.items()}
-
-    # In GPT-2's own vocabulary this is the number of <|endoftext|>.
-    eot = 50256 if model.config.vocab_size == 50257 else None
-    config = {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "n_positions": model.block_size,
-        "n_inner": None,
-        "activation_function": activation,
-        "layer_norm_epsilon": 1e-5,
-        "tie_word_embeddings": model.is_tied,
-        "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
-    }
-    config |= {field: getattr(model.config, field) for field in SHARED_FIELDS}
-    config |= {field: getattr(model.config, field, eot) for field in KEPT_FIELDS}
 
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,11 +175,13 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
     except ImportError:
         name = "pytorch_model.bin"
     with replacing(folder / name) as weights, replacing(folder / "config.json") as settings:
+        settings.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if name == "model.safetensors":
             save_file(state, weights, metadata={"format": "pt"})
+            # It makes a file for its owner alone.
+            shutil.copymode(settings, weights)
         else:
             torch.save(state, weights)
-        settings.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     # Other weights, and settings for generation, belong to the earlier model.
     for pattern in (*WEIGHT_FILES[0], *WEIGHT_FILES[1], "generation_config.json"):
@@ -204,69 +191,47 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
 
 
 def _find_activation(model: Any) -> str:
-    """Returns the activation of a model; ValueError for a part that GPT-2 does not have."""
-    plain = _build_plain(model)
-    # A module that stands in several places counts in each.
-    found = dict(model.named_modules(remove_duplicate=False))
-    activation = found.get("transformer.h.0.mlp.act")
-    if str(activation) in ACTIVATIONS:
-        for block in plain.transformer.h:
-            block.mlp.act = activation
-    expected = dict(plain.named_modules(remove_duplicate=False))
-    for name in [*expected, *found]:
-        got = _describe(found.get(name), expected.get(name))
-        wanted = _describe(expected.get(name))
-        if got != wanted:
-            raise ValueError("a folder of the GPT-2 type cannot hold this model: "
-                             f"{name or 'it'} has {got}, expected {wanted}")
-    return ACTIVATIONS[str(activation)]
-
-
-def _build_plain(model: Any) -> Any:
-    """Builds a GPT of the same configuration, without memory for its weights."""
+    """Returns the name of a model's activation; ValueError for a part that GPT-2 lacks."""
     # The model may be of a subclass; GPT is the first class that has this method.
-    gpt = [cls for cls in type(model).__mro__ if hasattr(cls, "get_default_config")][-1]
-    config = gpt.get_default_config()
-    config.merge_from_dict({field: getattr(model.config, field) for field in vars(config)})
-    disabled = logger.disabled
+    GPT = [cls for cls in type(model).__mro__ if hasattr(cls, "get_default_config")][-1]
+    was_disabled = logger.disabled
     logger.disabled = True
     try:
+        # "meta" is a device without memory.
         with torch.device("meta"), SkipInit():
-            return gpt(config)
+            gpt2 = GPT(copy.copy(model.config))
     finally:
-        logger.disabled = disabled
+        logger.disabled = was_disabled
+
+    activation = dict(model.named_modules(remove_duplicate=False)).get("transformer.h.0.mlp.act")
+    if isinstance(activation, nn.GELU):
+        for block in gpt2.transformer.h:
+            block.mlp.act = activation
+    parts = _describe(model)
+    expected = _describe(gpt2)
+    for name in [*expected, *parts]:
+        if parts.get(name) != expected.get(name):
+            raise ValueError(f"a folder of the GPT-2 type cannot hold this model: {name} is "
+                             "not GPT-2's")
+    return "gelu" if getattr(activation, "approximate", "tanh") == "none" else "gelu_new"
 
 
-def _describe(module: nn.Module | None, plain: nn.Module | None = None) -> str:
-    """Says what a module computes, apart from its weights and the modules in it.
-
-    plain is the module that GPT-2 has there.
-    """
-    if module is None:
-        return "nothing"
-    words = [] if any(module.children()) else [module._get_name()]
-    for name, parameter in module.named_parameters(recurse=False):
-        words.append(f"{name} {list(parameter.shape)}")
-    if hasattr(module, "eps"):
-        words.append(f"eps {module.eps}")
-    if hasattr(module, "n_head"):
-        words.append(f"{module.n_head} heads")
-    # A GPT may compute its loss in a forward of its own; other parts may not.
-    names = ["features", "mlpf", "attend"] if hasattr(module, "transformer") else [
-        "forward", "mlpf", "attend"]
-    if plain is not None and isinstance(module, type(plain)):
-        if any(is_changed(module, plain, name) for name in names):
-            words.append("a method of its own")
-    mask = module._buffers.get("_mask")
-    if mask is not None and not torch.equal(mask != 0, torch.ones_like(mask).tril() != 0):
-        words.append("a mask of its own")
-    return ", ".join(words) or "no weights of its own"
-
-
-def is_changed(module: nn.Module, plain: nn.Module, name: str) -> bool:
-    """Tells whether a module has another method of this name than a plain one."""
-    methods = [getattr(type(part), name, None) for part in (module, plain)]
-    return name in vars(module) or methods[0] is not methods[1]
+def _describe(model: nn.Module) -> dict[str, Any]:
+    """Returns what a model computes, but for the values of its weights: {name: part}."""
+    parts: dict[str, Any] = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        # Dropout computes nothing when a model is used.
+        if isinstance(module, nn.Dropout):
+            continue
+        # A whole model may compute a loss of its own.
+        forward = "forward" if module is not model else "features"
+        for field in (forward, "attend", "mlpf", "eps", "n_head", "approximate"):
+            value = getattr(module, field, None)
+            # Methods of two modules are the same if their function is.
+            parts[f"{name}.{field}"] = getattr(value, "__func__", value)
+        mask = getattr(module, "_mask", None)
+        parts[f"{name}.mask"] = mask is None or bool((mask == torch.ones_like(mask).tril()).all())
+    return parts
 
 
 # -----------------------------------------------------------------------------
@@ -282,40 +247,33 @@ def load_encoder(name: str | Path, vocab_size: int | None = None) -> Encoder:
     broken, too large or of another kind than GPT-2's; else as load_pretrained.
     """
     folder = _find_folder(name)
-    files = [path.name for pattern in VOCABULARY_FILES for path in folder.glob(pattern)]
+    files = {path.name for pattern in VOCABULARY_FILES for path in folder.glob(pattern)}
     if vocab_size == 50257 and not files:
         return get_encoder()
-    if "tokenizer.json" in files:
-        path = folder / "tokenizer.json"
-        read = _read_tokenizer
-    elif "vocab.json" in files and "merges.txt" in files:
-        path = folder / "vocab.json"
-        read = _read_vocabulary
-    else:
-        raise ValueError(f"there is no vocabulary of the model in {folder}; put its "
-                         "tokenizer.json there, or its vocab.json and merges.txt")
+    rows = math.inf if vocab_size is None else vocab_size
     try:
-        vocabulary, merges, added = read(path)
+        if "tokenizer.json" in files:
+            vocabulary, merges, added = _read_tokenizer(folder / "tokenizer.json")
+        elif {"vocab.json", "merges.txt"} <= files:
+            vocabulary, merges, added = _read_vocabulary(folder)
+        else:
+            raise ValueError("put its tokenizer.json there, or its vocab.json and merges.txt")
         if "" in vocabulary | added:
             raise ValueError("it has a token without text")
         for token, number in (vocabulary | added).items():
-            is_number = type(number) is int and number >= 0
-            if not is_number or vocab_size is not None and number >= vocab_size:
-                raise ValueError(f"{token!r} has the number {reprlib.repr(number)}, "
-                                 f"but the model has {vocab_size} rows")
+            if type(number) is not int or not 0 <= number < rows:
+                raise ValueError(f"{token!r} has the number {number!r}, but the model has "
+                                 f"{rows} rows")
         return Encoder(vocabulary, [(left, right) for left, right in merges], added)
     except (ValueError, LookupError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} holds no vocabulary for this model: {error}") from None
+        raise ValueError(f"{folder} holds no vocabulary of this model: {error}") from None
 
 
 def _read_tokenizer(path: Path) -> tuple[dict, list, dict]:
     """Reads the vocabulary, the merges and the added tokens of a tokenizer.json."""
     content = _read_json(path)
-    given = {}
-    for part in ("normalizer", "pre_tokenizer", "model"):
-        for field, value in (content.get(part) or {"type": None}).items():
-            given[f"{part}.{field}"] = value
-    _check_choices(path.name, given, TOKENIZER_CHOICES)
+    for part, choices in TOKENIZER_CHOICES.items():
+        _check_choices(f"the {part} of {path.name}", content.get(part) or {"type": None}, choices)
     # Old files have "a b" where newer ones have ["a", "b"].
     merges = [pair.split(" ") if isinstance(pair, str) else pair
               for pair in content["model"]["merges"]]
@@ -323,15 +281,14 @@ def _read_tokenizer(path: Path) -> tuple[dict, list, dict]:
     return content["model"]["vocab"], merges, added
 
 
-def _read_vocabulary(path: Path) -> tuple[dict, list, dict]:
-    """Reads the same from vocab.json and the files beside it."""
-    lines = (path.parent / "merges.txt").read_text(encoding="utf-8").splitlines()
+def _read_vocabulary(folder: Path) -> tuple[dict, list, dict]:
+    """Reads the same from vocab.json, merges.txt and added_tokens.json."""
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     if lines[0].startswith("#version"):
         del lines[0]
     merges = [line.split() for line in lines if line.strip()]
-    added_path = path.parent / "added_tokens.json"
-    added = _read_json(added_path) if added_path.is_file() else {}
-    return _read_json(path), merges, added
+    added = folder / "added_tokens.json"
+    return _read_json(folder / "vocab.json"), merges, _read_json(added) if added.is_file() else {}
 
 
 def save_encoder(encoder: Encoder, folder: str | Path) -> None:
@@ -366,11 +323,11 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> None:
 def _find_folder(name: str | Path) -> Path:
     """Returns the folder `name`, or the one where huggingface_hub keeps that repository."""
     name = os.path.expanduser(os.fspath(name))
-    if name and os.path.isdir(name):
+    if os.path.isdir(name):
         return Path(name)
-    name = HUB_NAMES.get(name, name)
+    repository = HUB_NAMES.get(name, name)
     # Neither part begins with a dot, so a name cannot lead out of the hub's folder.
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) or os.path.exists(name):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository, re.ASCII):
         raise FileNotFoundError(
             f"there is no folder {name!r}; on the hub, names have the form 'owner/repository'")
     try:
@@ -378,52 +335,51 @@ def _find_folder(name: str | Path) -> Path:
         # The second form of weights is fetched only if the repository lacks the first.
         for weights in WEIGHT_FILES:
             patterns = ["config.json", *VOCABULARY_FILES, *weights]
-            folder = Path(snapshot_download(name, allow_patterns=patterns))
+            folder = Path(snapshot_download(repository, allow_patterns=patterns))
             if any((folder / file).is_file() for file in weights):
                 break
+        return folder
     except ImportError:
-        raise ImportError(f"there is no folder {name!r}; to fetch it from the hub: "
-                          f"{INSTALL}") from None
+        raise ImportError(f"there is no folder {name!r}; to fetch it: {INSTALL}") from None
     except Exception as error:
         # The packages below huggingface_hub have errors of their own.
         first_line = str(error).strip().partition("\n")[0]
         raise OSError(f"there is no folder {name!r}, and the hub does not give it: "
                       f"{type(error).__name__}: {first_line}") from None
-    return folder
 
 
 def _read_json(path: Path) -> dict:
     """Reads a file that holds a JSON object; ValueError if it does not."""
+    content = None
     with contextlib.suppress(ValueError, RecursionError):
         content = json.loads(path.read_bytes())
-        if isinstance(content, dict):
-            return content
-    raise ValueError(f"{path} holds no JSON object")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
 
 
-def _check_choices(file: str | Path, given: dict, choices: dict[str, tuple]) -> None:
+def _check_choices(owner: str | Path, given: dict, choices: dict[str, tuple]) -> None:
     """Raises ValueError for a field whose value is not supported; the default is the first."""
     for field, values in choices.items():
         if given.get(field, values[0]) not in values:
-            raise ValueError(f"{file} has {field} = {reprlib.repr(given[field])}, "
+            raise ValueError(f"{owner} has {field} = {given[field]!r}, "
                              f"expected {' or '.join(map(repr, values))}")
 
 
-def _read_weights(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """Returns the file of weights or the index, and the tensors by GPT2LMHeadModel's names."""
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a folder, by the names that GPT2LMHeadModel has for them."""
     names = [name for form in WEIGHT_FILES for name in form[:2]]
     paths = [folder / name for name in names if (folder / name).is_file()]
     if not paths:
         raise FileNotFoundError(f"there are no weights in {folder}: none of {', '.join(names)}")
     path = paths[0]
+    files = {path.name}
     if path.suffix == ".json":
         index = _read_json(path).get("weight_map")
         if not isinstance(index, dict) or any(Path(str(f)).name != f for f in index.values()):
             raise ValueError(f"{path} has no weight_map, which names for each tensor a file in "
                              "the same folder")
-        files = sorted(set(index.values()))
-    else:
-        files = [path.name]
+        files = set(index.values())
 
     tensors: dict[str, torch.Tensor] = {}
     for file in files:
@@ -432,38 +388,31 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     if not any(key.startswith("transformer.") for key in tensors):
         tensors = {key if key == HEAD else f"transformer.{key}": tensor
                    for key, tensor in tensors.items()}
-    return path, tensors
+    return tensors
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Reads one file of tensors, without the masks that old versions of transformers store."""
+    """Reads one file of tensors."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
-            content = load_file(path)
+            tensors = load_file(path)
         else:
             # The oldest files are no zip archives and cannot be mapped into memory.
-            content = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            content = dict(content)
+            is_zip = zipfile.is_zipfile(path)
+            tensors = dict(torch.load(path, "cpu", weights_only=True, mmap=is_zip))
     except ImportError:
         raise ImportError(f"to read {path}: {INSTALL}") from None
-    except Exception as error:
+    except Exception:
         # Errors are of many kinds, and torch's advise to load the file without its guard.
-        problem = "it is damaged, or holds more than tensors and their names"
-        if isinstance(error, OSError):
-            problem = str(error)
-        raise ValueError(f"{path} cannot be read as weights: {problem}") from None
+        raise ValueError(f"{path} cannot be read as weights: it is missing or damaged, or holds "
+                         "more than tensors and their names") from None
 
-    for key, tensor in list(content.items()):
-        if str(key).endswith((".attn.bias", ".attn.masked_bias")):
-            del content[key]
-            continue
-        is_weight = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-        if not isinstance(key, str) or not is_weight:
-            got = getattr(tensor, "dtype", type(tensor).__name__)
-            raise ValueError(f"{path} holds {got} as {reprlib.repr(key)}, "
-                             "expected floating-point tensors with names")
-    return content
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{path} holds {type(tensor).__name__} as {key!r}, "
+                             "expected tensors with names")
+    return tensors
 
 
 def _transpose(key: str, tensor: torch.Tensor) -> torch.Tensor:

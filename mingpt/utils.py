@@ -12,7 +12,6 @@ import glob
 import inspect
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -86,7 +85,12 @@ class CfgNode(SimpleNamespace):
         """
         fields = self.fields()
         if "--help" in args or "-h" in args:
-            print_line(_format_help(fields, sys._getframe(1).f_globals.get("get_config")))
+            get_config = sys._getframe(1).f_globals.get("get_config")
+            comments = _read_comments(get_config) if get_config else {}
+            print_line("Settings, each with its default:\n")
+            for name, value in fields.items():
+                option = f"  --{name}={'' if value is None else value}"
+                print_line(f"{option:26}  {comments.get(name, '')}".rstrip())
             raise SystemExit(0)
 
         changes = {}
@@ -121,7 +125,7 @@ def _parse(name: str, text: str, default):
         return None if text == "None" and default else text
     try:
         value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError):
         # A path, the name of a device, a word.
         value = text
 
@@ -130,53 +134,32 @@ def _parse(name: str, text: str, default):
         value = int(value)
     if type(value) is int and isinstance(default, float):
         value = float(text)
-    if isinstance(value, (tuple, list)) and isinstance(default, (tuple, list)):
-        value = type(default)(value)
-    if default is None:
-        return text if isinstance(value, str) else value
-
-    is_infinite = isinstance(value, float) and not math.isfinite(value)
-    if is_infinite or type(value) is not type(default):
+    if isinstance(value, list) and isinstance(default, tuple):
+        value = tuple(value)
+    if default is not None and type(value) is not type(default):
         expected = f"a value of type {type(default).__name__} like {default!r}"
-        raise ValueError(f"--{name} takes {expected}, got {text[:80]!r}")
+        raise ValueError(f"--{name} takes {expected}, got {text!r}")
     return value
 
 
 def _read_comments(build: Callable) -> dict[str, str]:
     """Returns the comments beside the fields that a function sets, by the fields' dotted names.
 
-    `C.a.b = 1  # why` -> {"a.b": "why"}; `C.a = X.get_default_config()` adds those of X to "a.".
+    `C.a.b = 1  # why` -> {"a.b": "why"}; `C.a = X.get_default_config()` adds X's to "a.".
     """
     comments = {}
     for line in inspect.getsource(build).splitlines():
         code, _, comment = line.partition("  # ")
-        names = re.findall(r"\w+\.([\w.]+) = ", code)
+        field = re.search(r"\w+\.([\w.]+) = ", code)
+        name = field[1] if field else ""
         part = re.search(r"(\w+)\.get_default_config\(\)", code)
         if part and part[1] in build.__globals__:
-            prefix = f"{names[0]}." if names else ""
             inner = _read_comments(build.__globals__[part[1]].get_default_config)
+            prefix = f"{name}." if name else ""
             comments.update({prefix + name: text for name, text in inner.items()})
         elif comment:
-            comments.update({name: comment for name in names})
+            comments[name] = comment
     return comments
-
-
-def _format_help(fields: dict, get_config: Callable | None) -> str:
-    """Returns a line for each field, with its comment from column 34 on, within 80 columns."""
-    comments: dict[str, str] = {}
-    if get_config:
-        # Without a source there are no comments.
-        with contextlib.suppress(OSError):
-            comments = _read_comments(get_config)
-    lines = ["Settings, each with its default:", ""]
-    for name, value in fields.items():
-        option = f"  --{name}={'' if value is None else value}"
-        if name in comments:
-            option = textwrap.fill(
-                comments[name], 80, initial_indent=f"{option}  ".ljust(34),
-                subsequent_indent=" " * 34, break_long_words=False, break_on_hyphens=False)
-        lines.append(option)
-    return "\n".join(lines)
 
 
 # Names from other libraries, and the names of the same settings here.
@@ -199,35 +182,27 @@ def _suggest(name: str, known: Iterable[str], dashes: str = "") -> str:
     return f"; did you mean {', '.join(dashes + field for field in near)}?" if near else ""
 
 
-_warned: set[tuple[str, str]] = set()
-
-
-def warn_unknown(config, known: Iterable[str], owner: str) -> None:
-    """Logs a warning for each field of a configuration that is not known, once for each owner."""
-    for name in vars(config):
-        if name not in known and not name.startswith("__") and (owner, name) not in _warned:
-            _warned.add((owner, name))
-            logger.warning(f"{owner} does not use {name}{_suggest(name, known)}")
-
-
 def fill_in(config, defaults: dict, known: Iterable[str], owner: str) -> None:
-    """Gives a configuration the fields that it lacks, and Python's own numbers for NumPy's."""
-    warn_unknown(config, known, owner)
-    for name in [*defaults, *vars(config)]:
+    """Gives a configuration the fields that it lacks, and Python's own numbers for NumPy's.
+
+    A field that is not known is a warning in the log.
+    """
+    for name, value in defaults.items():
+        if not hasattr(config, name):
+            setattr(config, name, value)
+    for name, value in list(vars(config).items()):
+        # A class that serves as a configuration has __module__ and other fields of Python's.
         if not name.startswith("__"):
-            old = getattr(config, name, None)
-            value = _to_python(getattr(config, name, defaults.get(name)))
-            if value is not old or not hasattr(config, name):
-                setattr(config, name, value)
+            setattr(config, name, _to_python(value))
+            if name not in known:
+                logger.warning(f"{owner} does not use {name}{_suggest(name, known)}")
 
 
 def _to_python(value):
-    if isinstance(value, (np.generic, torch.Tensor)) and value.ndim == 0:
-        return value.item()
-    # A tuple stays the same object if nothing in it changes.
-    if type(value) is tuple and any(isinstance(item, np.generic) for item in value):
-        return tuple(_to_python(item) for item in value)
-    return value
+    if isinstance(value, tuple):
+        return tuple(map(_to_python, value))
+    is_number = isinstance(value, (np.generic, torch.Tensor)) and value.ndim == 0
+    return value.item() if is_number else value
 
 
 def check_config(config, rules: Iterable[tuple[str, Callable, str]]) -> None:
@@ -262,10 +237,9 @@ def set_seed(seed: int) -> None:
 
 
 def print_line(text: str) -> None:
-    """Prints a text to the stdout of this moment, which a notebook may have replaced.
+    """Prints a text; where nobody reads any more, as after `| head`, stdout leads nowhere.
 
-    After an error (`| head` has ended, the terminal is closed) stdout leads nowhere. So
-    training goes on, and Python does not complain at its exit.
+    So training goes on, and Python does not complain at its exit.
     """
     try:
         print(text, flush=True)
@@ -299,8 +273,7 @@ if not logger.handlers and logger.level == logging.NOTSET:
 def setup_logging(config: CfgNode) -> None:
     """Writes the log to log.txt in config.system.work_dir from now on.
 
-    The folder also gets args.txt, the command line, one line for each start and resume, and
-    config.json. Raises ValueError for an empty work_dir.
+    The folder also gets config.json, and args.txt with a line for each start and resume.
     """
     if not config.system.work_dir:
         raise ValueError("got an empty work_dir, expected a folder for the log and the model")

@@ -215,7 +215,7 @@ for folder in sys.argv[1:]:
             self.assertEqual(heavy, ["safetensors"])
 
     def test_packages_are_named_where_they_are_missing(self):
-        install = r"pip install huggingface_hub safetensors \(a folder needs no huggingface_hub"
+        install = "pip install huggingface_hub safetensors"
         write_folder(self.folder, tiny_gpt(), "safetensors")
         without = {"safetensors.torch": None, "huggingface_hub": None}
         with mock.patch.dict(sys.modules, without):
@@ -292,7 +292,7 @@ class BadFolders(Seeded):
             (state | {WTE: None}, "NoneType as .*wte"),
             (state | {WTE: state[WTE][None]}, WTE),
             (state | {layer: state[layer][None]}, layer),
-            (state | {layer: state[layer].int()}, "torch.int32 as .*c_fc"),
+            (state | {layer: state[layer].int()}, layer),
             (state | {"transformer.other": torch.ones(2)}, "transformer.other"),
             (state | {"wte.weight": state[WTE]}, '"wte.weight"'),
             ({key: value for key, value in state.items() if key != layer}, layer),
@@ -396,30 +396,28 @@ class Saving(Seeded):
             self.assertEqual(tensor.dtype, torch.bfloat16, name)
 
     def test_a_part_that_gpt2_lacks_is_refused_by_name(self):
-        # The message, and the part that is set: module, name, new part.
+        # The name in the message, and the part that is set: module, name, new part.
         changes = (
-            ("transformer.h.1.mlp.act has SiLU", "transformer.h.1.mlp", "act", nn.SiLU()),
-            ("transformer.h.1.mlp.act has GELU", "transformer.h.1.mlp", "act", nn.GELU()),
-            ("transformer.h.0.ln_1 has RMSNorm", "transformer.h.0", "ln_1", nn.RMSNorm(16)),
-            ("transformer.ln_f has .*eps 1e-06", "transformer.ln_f", "eps", 1e-6),
-            (r"lm_head has .*bias \[11\]", "", "lm_head", nn.Linear(16, 11)),
-            (r"lm_head has .*\[12, 16\]", "", "lm_head", nn.Linear(16, 12, bias=False)),
-            ("extra has Linear", "", "extra", nn.Linear(2, 2)),
-            (r"it has scale \[1\]", "", "scale", nn.Parameter(torch.ones(1))),
-            ("transformer.h.0.mlp.c_fc has nothing", "transformer.h.0", "mlp",
+            ("transformer.h.1.mlp.act", "transformer.h.1.mlp", "act", nn.SiLU()),
+            ("transformer.h.1.mlp.act", "transformer.h.1.mlp", "act", nn.GELU()),
+            ("transformer.h.0.ln_1", "transformer.h.0", "ln_1", nn.RMSNorm(16)),
+            ("transformer.ln_f.eps", "transformer.ln_f", "eps", 1e-6),
+            ("lm_head.bias", "", "lm_head", nn.Linear(16, 11)),
+            ("lm_head.weight", "", "lm_head", nn.Linear(16, 12, bias=False)),
+            ("extra", "", "extra", nn.Linear(2, 2)),
+            ("scale", "", "scale", nn.Parameter(torch.ones(1))),
+            ("transformer.h.0.mlp", "transformer.h.0", "mlp",
              nn.Sequential(nn.Linear(16, 16), nn.Tanh())),
-            ("transformer.h.0.attn has .*a mask", "transformer.h.0.attn", "bias",
-             torch.ones(1, 1, 8, 8)),
-            ("transformer.h.2 has", "transformer.h", "2", Block(tiny_gpt().config)),
-            ("transformer.h.1 has a method of its own", "transformer.h.1", "mlpf", lambda x: x),
-            ("transformer.h.0.ln_1 has .*a method of its own", "transformer.h.0.ln_1", "forward",
-             lambda x: x),
-            ("transformer.h.0.attn has 1 heads", "transformer.h.0.attn", "n_head", 1),
+            ("transformer.h.0.attn.mask", "transformer.h.0.attn", "bias", torch.ones(1, 1, 8, 8)),
+            ("transformer.h.2", "transformer.h", "2", Block(tiny_gpt().config)),
+            ("transformer.h.1.mlpf", "transformer.h.1", "mlpf", lambda x: x),
+            ("transformer.h.0.ln_1.forward", "transformer.h.0.ln_1", "forward", lambda x: x),
+            ("transformer.h.0.attn.n_head", "transformer.h.0.attn", "n_head", 1),
         )
         for named, module, name, part in changes:
             model = tiny_gpt()
             setattr(model.get_submodule(module), name, part)
-            with self.subTest(named), self.assertRaisesRegex(ValueError, named):
+            with self.subTest(named), self.assertRaisesRegex(ValueError, f"model: {named}.* is not"):
                 model.save_pretrained(self.folder)
         self.assertEqual(list(self.folder.iterdir()), [])
 
@@ -543,7 +541,7 @@ class Vocabularies(Seeded):
 
     def test_openais_vocabulary_is_for_models_of_its_size_without_another(self):
         self.assertEqual(load_encoder(self.folder, 50257).encoder, get_encoder().encoder)
-        self.refused("no vocabulary of the model in .*; put its tokenizer.json there", 50304)
+        self.refused("no vocabulary of this model: put its tokenizer.json there", 50304)
         self.refused("put its tokenizer.json there", 257)
         for name in ("spiece.model", "vocab.txt", "tokenizer.model", "vocab.json", "merges.txt"):
             (self.folder / name).write_text("of another kind")
@@ -559,13 +557,13 @@ class Vocabularies(Seeded):
         write_json(path, good)
         self.assertEqual(load_encoder(self.folder, 3).encode("abba"), [2, 1, 0])
         for part, changes, named in (
-                ("normalizer", {"type": "NFC"}, "normalizer.type = 'NFC'"),
-                ("pre_tokenizer", None, "pre_tokenizer.type = None"),
-                ("pre_tokenizer", {"type": "Metaspace"}, "pre_tokenizer.type = 'Metaspace'"),
+                ("normalizer", {"type": "NFC"}, "normalizer of tokenizer.json has type = 'NFC'"),
+                ("pre_tokenizer", None, "pre_tokenizer of tokenizer.json has type = None"),
+                ("pre_tokenizer", {"type": "Metaspace"}, "pre_tokenizer of tokenizer.json has type = 'Metaspace'"),
                 ("pre_tokenizer", {"add_prefix_space": True}, "add_prefix_space = True"),
                 ("pre_tokenizer", {"use_regex": False}, "use_regex = False"),
                 ("pre_tokenizer", {"type": "Sequence", "pretokenizers": []}, "'Sequence'"),
-                ("model", {"type": "Unigram"}, "model.type = 'Unigram'"),
+                ("model", {"type": "Unigram"}, "model of tokenizer.json has type = 'Unigram'"),
                 ("model", {"byte_fallback": True}, "byte_fallback = True"),
                 ("model", {"end_of_word_suffix": "</w>"}, "end_of_word_suffix = '</w>'"),
                 ("model", {"vocab": {"a": 3}}, "'a' has the number 3, but the model has 3 rows"),
@@ -586,7 +584,7 @@ class Vocabularies(Seeded):
                 changed = (good[part] or {}) | changes
             write_json(path, good | {part: changed})
             with self.subTest(part=part, changes=changes):
-                self.refused("tokenizer.json.*" + re.escape(named), 3)
+                self.refused(re.escape(named), 3)
         for content in (b"", b"[]", b"{", b"\xff"):
             path.write_bytes(content)
             self.refused("tokenizer.json holds no JSON object")
@@ -596,7 +594,7 @@ class Vocabularies(Seeded):
         self.refused("'<|endoftext|>' has the number 258, but the model has 258 rows", 258)
         for content in ("", "#version: 0.2\na b c\n", "#version: 0.2\na"):
             (self.folder / "merges.txt").write_text(content)
-            self.refused("vocab.json holds no vocabulary for this model")
+            self.refused("holds no vocabulary of this model")
         (self.folder / "merges.txt").write_text("#version: 0.2\n")
         for content in ("", "[]", "{1"):
             (self.folder / "vocab.json").write_text(content)

@@ -28,7 +28,7 @@ from mingpt import utils
 from mingpt.model import GPT
 from mingpt.utils import (
     CN, CfgNode, cache_folder, check_config, eval_mode, fill_in, progress, replacing, run_script,
-    set_seed, setup_logging, warn_unknown,
+    set_seed, setup_logging,
 )
 
 logger = logging.getLogger("mingpt")
@@ -37,7 +37,7 @@ logger = logging.getLogger("mingpt")
 def get_config():
     C = CfgNode()
     C.seed = 1
-    C.name = C.label = "x"  # of both
+    C.name = "x"  # of it
     C.path = None
     C.prompt = ""
     C.model = GPT.get_default_config()
@@ -51,7 +51,7 @@ class Numbers:
     def get_default_config():
         C = CfgNode()
         C.rate = 0.2  # the library's words
-        C.steps = 5  # how many, a comment so long that it does not fit into one line of a terminal
+        C.steps = 5  # how many
         return C
 
 
@@ -79,7 +79,7 @@ class Configuration(unittest.TestCase):
             ("--name=7", "name", "7"), ("--name=None", "name", None), ("--name=", "name", ""),
             ("--prompt=2024", "prompt", "2024"), ("--prompt=None", "prompt", "None"),
             ('--prompt="def"', "prompt", '"def"'), ("--prompt=", "prompt", ""),
-            ("--path='a'", "path", "'a'"), ("--path=./out", "path", "./out"),
+            ("--path=./out", "path", "./out"),
             ("--path=3", "path", 3), ("--path=1e3", "path", 1000), ("--path=a=b", "path", "a=b"),
             ("--data.fast=true", "data.fast", True), ("--data.fast=FALSE", "data.fast", False),
             ("--data.rate=1", "data.rate", 1.0), ("--data.rate=3e-4", "data.rate", 3e-4),
@@ -105,8 +105,7 @@ class Configuration(unittest.TestCase):
             ("--seed", "got --seed without a value, expected --seed=value"),
             ("--seed=1e999", "type int"), ("--seed=x", "--seed takes a value of type int like"),
             ("--seed=1.5", "type int"), ("--seed=True", "type int"), ("--seed=None", "type int"),
-            ("--seed=" + "9" * 5000, "type int"), ("--data.rate=" + "9" * 400, "type float"),
-            ("--data.rate=1e999", "type float"), ("--data.rate=nan", "type float"),
+            ("--data.rate=nan", "type float"),
             ("--data.fast=1", "type bool"), ("--data.betas=1", "type tuple"),
             ("--seed=__import__('os').getcwd()", "type int"),
         ):
@@ -120,26 +119,16 @@ class Configuration(unittest.TestCase):
         shown = print_help(get_config(), "--seed=2")
         for line in (
             "  --seed=1",
-            "  --name=x                        of both",
-            "  --label=x                       of both",
+            "  --name=x                  of it",
             "  --path=",
-            "  --data.rate=0.1                 the script's own words",
+            "  --data.rate=0.1           the script's own words",
             "  --data.betas=(0.9, 0.95)",
-            "  --data.fast=False               or slow",
-            "  --data.steps=5                  how many, a comment so long that it does not",
-            "                                  fit into one line of a terminal",
+            "  --data.fast=False         or slow",
+            "  --data.steps=5            how many",
         ):
             self.assertIn(line + "\n", shown + "\n")
         self.assertRegex(shown, r"--model\.n_layer= +\w")
-        self.assertLessEqual(max(map(len, shown.splitlines())), 80)
         self.assertEqual(shown, print_help(get_config(), "-h"))
-
-    def test_help_without_a_source_shows_defaults(self):
-        names = {"CfgNode": CfgNode}
-        exec("def get_config(): return CfgNode(seed=1)\n"
-             "def main(args): get_config().merge_from_args(args)", names)
-        status, printed, _ = run_here(names["main"], "--help")
-        self.assertEqual((status, printed.splitlines()[-1]), (0, "  --seed=1"))
 
     def test_dictionaries(self):
         config = CN(seed=1, data=CN(steps=5, rate=0.1))
@@ -164,19 +153,16 @@ class Configuration(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, f"^{message}$"):
                 check_config(config, rules)
 
-    def test_a_field_that_says_nothing_is_warned_of_once(self):
+    def test_a_field_that_says_nothing_is_warned_of(self):
         config = CfgNode(n_layers=3, dropout=0.1, lr=1, zzz=0, block_size=8)
         known = ("n_layer", "block_size", "embd_pdrop", "attn_pdrop", "learning_rate", "min_lr")
         with self.assertLogs("mingpt", "WARNING") as logged:
-            warn_unknown(config, known, "a test")
-            warn_unknown(config, known, "a test")
-            warn_unknown(CfgNode(lr=1), known, "another")
+            fill_in(config, {}, known, "a test")
         self.assertEqual([record.getMessage() for record in logged.records], [
             "a test does not use n_layers; did you mean n_layer?",
             "a test does not use dropout; did you mean embd_pdrop, attn_pdrop?",
             "a test does not use lr; did you mean learning_rate?",
             "a test does not use zzz",
-            "another does not use lr; did you mean learning_rate?",
         ])
 
     def test_fill_in_completes_a_configuration_with_plain_numbers(self):
