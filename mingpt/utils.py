@@ -90,7 +90,8 @@ class CfgNode(SimpleNamespace):
             print_line("Settings, each with its default:\n")
             for name, value in fields.items():
                 option = f"  --{name}={'' if value is None else value}"
-                print_line(f"{option:26}  {comments.get(name, '')}".rstrip())
+                line = f"{option:30}  {comments.get(name, '')}"
+                print_line(textwrap.fill(line, 80, subsequent_indent=" " * 32))
             raise SystemExit(0)
 
         changes = {}

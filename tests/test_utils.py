@@ -119,12 +119,12 @@ class Configuration(unittest.TestCase):
         shown = print_help(get_config(), "--seed=2")
         for line in (
             "  --seed=1",
-            "  --name=x                  of it",
+            "  --name=x                      of it",
             "  --path=",
-            "  --data.rate=0.1           the script's own words",
+            "  --data.rate=0.1               the script's own words",
             "  --data.betas=(0.9, 0.95)",
-            "  --data.fast=False         or slow",
-            "  --data.steps=5            how many",
+            "  --data.fast=False             or slow",
+            "  --data.steps=5                how many",
         ):
             self.assertIn(line + "\n", shown + "\n")
         self.assertRegex(shown, r"--model\.n_layer= +\w")
