@@ -16,7 +16,6 @@ A checkpoint is a dictionary:
 
 import json
 import math
-import pickle
 import random
 import zipfile
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mingpt.utils import CfgNode, replacing
+from mingpt.utils import replacing
 
 # Types that torch.load(weights_only=True) reads.
 PLAIN_TYPES = (str, int, float, bool, bytes, type(None))
@@ -76,13 +75,10 @@ def read_checkpoint(path: str | Path) -> dict:
         if damaged is not None:
             raise ValueError(f"its part {damaged} has changed")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        # torch's own text advises to load the file without its guard.
-        raise ValueError(
-            f"{path} is no checkpoint: it holds more than tensors and plain values") from None
     except Exception as error:
-        # Each library has errors of its own for a broken file.
-        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from None
+        # Each library has errors of its own for a broken file. The text of torch's
+        # would advise to load the file without its guard.
+        raise ValueError(f"{path} is damaged or no checkpoint: {type(error).__name__}") from None
     if not isinstance(content, dict) or "random_states" not in content:
         raise ValueError(f"{path} is no checkpoint of a run")
     return content
@@ -90,14 +86,15 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def plain_settings(config: Any) -> dict:
     """Returns the settings of a configuration as JSON has them; other values as texts."""
-    if config is None:
-        return {}
-    settings = config if isinstance(config, dict) else vars(config)
-    return json.loads(json.dumps(settings, default=_as_json, skipkeys=True))
+    settings = getattr(config, "__dict__", config)
+    return json.loads(json.dumps(settings, default=str, skipkeys=True))
 
 
-def _as_json(value: Any) -> Any:
-    return vars(value) if isinstance(value, CfgNode) else str(value)
+def changed_settings(then: dict, config: Any) -> list[str]:
+    """Names the settings that have changed: ["max_iters was 2, is 4"]."""
+    now = plain_settings(config)
+    return [f"{name} was {then[name]}, is {value}" for name, value in now.items()
+            if name != "resume" and name in then and then[name] != value]
 
 
 def model_state(model: nn.Module) -> dict:
@@ -111,41 +108,35 @@ def load_model_state(model: nn.Module, state: dict) -> None:
     model.load_state_dict({names.get(name, name): value for name, value in state.items()})
 
 
-def check_same_model(saved: dict, own: dict, path: str | Path) -> None:
-    """Raises ValueError unless two model states have the same names and shapes.
-
-    Values that are no tensors, such as a vocabulary, have to be equal.
-    """
-    saved = _shapes(saved)
-    own = _shapes(own)
-    differing = sorted(name for name in {*saved, *own} if saved.get(name) != own.get(name))
-    if differing:
-        name = differing[0]
-        there = str(saved.get(name, "nothing"))[:80]
-        here = str(own.get(name, "nothing"))[:80]
-        raise ValueError(
-            f"{path} is a checkpoint of another model: {name} is {there} in the file and "
-            f"{here} in the model, and {len(differing) - 1} more differ")
-
-
-def _shapes(state: dict) -> dict:
-    return {name: tuple(value.shape) if isinstance(value, Tensor) else value
-            for name, value in state.items()}
-
-
-def check_same_optimizer(saved: dict, own: dict, path: str | Path) -> None:
-    """Raises ValueError unless two optimizer states have groups of the same form."""
-    forms = [[(len(group["params"]), sorted(group)) for group in state["param_groups"]]
-             for state in (saved, own)]
-    if forms[0] != forms[1]:
+def check_fits(content: dict, model: nn.Module, optimizer: Any, path: str | Path) -> None:
+    """Raises ValueError unless a checkpoint has the form of this model and this optimizer."""
+    saved = _shapes(content["model"])
+    own = _shapes(model_state(model))
+    for name in sorted({*saved, *own}):
+        if saved.get(name) != own.get(name):
+            there = str(saved.get(name, "nothing"))[:80]
+            here = str(own.get(name, "nothing"))[:80]
+            raise ValueError(f"{path} is a checkpoint of another model: {name} is {there} in "
+                             f"the file and {here} in the model")
+    if _groups(content["optimizer"]) != _groups(optimizer.state_dict()):
         raise ValueError(f"{path} was written with another optimizer, or other layers were "
                          "trained; resume with the same")
 
 
+def _shapes(state: dict) -> dict:
+    # Values that are no tensors, such as a vocabulary, have to be equal.
+    return {name: tuple(value.shape) if isinstance(value, Tensor) else value
+            for name, value in state.items()}
+
+
+def _groups(state: dict) -> list:
+    return [(len(group["params"]), sorted(group)) for group in state["param_groups"]]
+
+
 def random_state(device_type: str) -> dict:
     """Returns the state of every random generator, in types that can be read back."""
-    numpy = [part.tolist() if isinstance(part, np.ndarray) else part
-             for part in np.random.get_state()]
+    numpy: Any = np.random.get_state()
+    numpy = (numpy[0], numpy[1].tolist(), *numpy[2:])
     state = {"python": random.getstate(), "numpy": numpy, "cpu": torch.get_rng_state()}
     if device_type != "cpu":
         state[device_type] = torch.get_device_module(device_type).get_rng_state()
@@ -155,7 +146,7 @@ def random_state(device_type: str) -> dict:
 def set_random_state(state: dict, device_type: str) -> None:
     """Puts every random generator back into the state that random_state returned."""
     random.setstate(state["python"])
-    np.random.set_state(tuple(state["numpy"]))
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["cpu"])
     if device_type != "cpu" and device_type in state:
         torch.get_device_module(device_type).set_rng_state(state[device_type])
@@ -163,21 +154,21 @@ def set_random_state(state: dict, device_type: str) -> None:
 
 def finite_or_none(value: Any) -> Any:
     """Returns None for a float that JSON cannot hold."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def set_aside(folder: Path) -> None:
+    """Renames the files of an earlier run: checkpoint.pt becomes checkpoint.pt.old."""
+    for name in ("checkpoint.pt", "best.pt", "metrics.jsonl"):
+        if (folder / name).exists():
+            (folder / name).replace(folder / f"{name}.old")
 
 
 def keep_rows(path: Path, steps: int) -> None:
-    """Drops from metrics.jsonl a cut last row and rows after this many steps."""
+    """Drops from metrics.jsonl the rows after this many steps, and a last row that is cut."""
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
         with replacing(path) as part:
-            part.write_bytes(b"".join(line for line in lines if _is_row(line, steps)))
-
-
-def _is_row(line: bytes, steps: int) -> bool:
-    try:
-        return line.endswith(b"\n") and json.loads(line)["iteration"] <= steps
-    except (ValueError, TypeError, KeyError):
-        return False
+            part.write_bytes(b"".join(
+                line for line in lines
+                if line.endswith(b"\n") and json.loads(line)["iteration"] <= steps))

@@ -25,16 +25,17 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 
 def rank() -> int:
     """Returns the number of this process: 0 for the first, or the only one."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank()
-    return int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if is_connected() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
     """Returns the number of processes that train together."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return dist.get_world_size() if is_connected() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_connected() -> bool:
+    # Some builds of torch cannot connect processes.
+    return dist.is_available() and dist.is_initialized()
 
 
 def choose_device(name: str) -> str:
@@ -59,11 +60,11 @@ def choose_device(name: str) -> str:
 
 def choose_dtype(name: str, device_type: str) -> torch.dtype:
     """Returns the precision to compute in; "auto" is bfloat16 on a GPU that has it itself."""
-    if name == "auto":
-        has_bfloat16 = device_type == "cuda" and torch.cuda.is_bf16_supported(
-            including_emulation=False)
-        name = "bfloat16" if has_bfloat16 else "float32"
-    return getattr(torch, name)
+    if name != "auto":
+        return getattr(torch, name)
+    if device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
 
 
 def connect() -> None:
@@ -93,10 +94,10 @@ def sum_over_processes(number: float) -> float:
 
 def gather(value: Any) -> list:
     """Returns the values of all processes, by rank; all must call it."""
-    values = [value]
-    if world_size() > 1:
-        values = [None] * world_size()
-        dist.all_gather_object(values, value)
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
     return values
 
 
@@ -116,11 +117,6 @@ class Signals:
         self.received: int | None = None  # number of the signal
         self._time = 0.0
         self._before: dict = {}
-
-    @property
-    def is_interrupt(self) -> bool:
-        """Tells whether the signal was Ctrl-C."""
-        return self.received == signal.SIGINT
 
     def _note(self, number: int, frame: Any) -> None:
         # torchrun passes Ctrl-C on, so it may come twice within a second.

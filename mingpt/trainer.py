@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mingpt import processes
 from mingpt.data import count_examples, draw_examples, load_batches
-from mingpt.utils import CN, CfgNode, check_config, fill_in, logger
+from mingpt.utils import CN, check_config, fill_in, logger
 
 RULES = (  # names of settings, test of a value, what is expected
     ("batch_size grad_accum_steps", lambda v: v == int(v) >= 1, "a whole number from 1 on"),
@@ -81,51 +81,42 @@ class Trainer:
         """
         defaults = vars(self.get_default_config())
         fill_in(config, defaults, [*defaults, *RUN_FIELDS], "Trainer")
-        foreign = [name for name in RUN_FIELDS
-                   if name not in defaults and getattr(config, name, None)]
+        foreign = [name for name in RUN_FIELDS if hasattr(config, name) and name not in defaults]
         if foreign:
             logger.warning(f"Trainer ignores {', '.join(foreign)}: see Run in mingpt/run.py")
         self.config = config
-        self.check_settings()
+        check_config(config, RULES)
+        end = self.decay_end()
+        if config.schedule != "constant" and (end is None or end < config.warmup_iters):
+            raise ValueError(f"got schedule={config.schedule!r} that ends at step {end}, expected "
+                             "a max_iters or lr_decay_iters from warmup_iters on")
         self.device = processes.choose_device(config.device)
         self.device_type = torch.device(self.device).type
         self.dtype = processes.choose_dtype(config.dtype, self.device_type)
         processes.connect()
         self.rank = processes.rank()
         self.world_size = processes.world_size()
-        count_examples(train_dataset)
         parts = self.world_size * config.grad_accum_steps
         if config.batch_size % parts:
             raise ValueError(f"got batch_size={config.batch_size}, expected a multiple of {parts}, "
                              "the number of processes times grad_accum_steps")
-        self.model: Any = model.to(self.device)
+        count_examples(train_dataset)
         self.train_dataset = train_dataset
-        self.callbacks: dict[str, list[Callable]] = defaultdict(list)
-        self.optimizer: Any = None  # made by begin(), when run() starts
-        self.scaler: Any = None
+        self.model: Any = model.to(self.device)
         logger.info(f"running on device {self.device}")
 
+        self.callbacks: dict[str, list[Callable]] = defaultdict(list)
+        self.optimizer: Any = None  # made when run() starts
+        # In float16 the loss is scaled, so that small gradients do not vanish.
+        self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.dtype == torch.float16)
+        self.steps_done = 0
         self.iter_num = 0  # steps done; in on_batch_end the number of the step, from 0
         self.iter_time = 0.0  # when the last step ended, in seconds
         self.iter_dt = 0.0  # seconds that the last step took
-        self.loss = torch.zeros(())  # mean loss of the last step
-        self.grad_norm = torch.zeros(())  # length of its gradient before clipping
-        self.steps_done = 0
         self.seed = 0  # of the examples of this run
         self.runs_done = 0
         self.is_stopping = False
         self.goes_on = False  # whether the next run() continues an earlier one
-
-    def check_settings(self) -> None:
-        """Raises ValueError for a setting that is wrong or contradicts another."""
-        config = self.config
-        check_config(config, RULES)
-        if config.min_lr > config.learning_rate:
-            raise ValueError(f"got min_lr={config.min_lr}, expected at most "
-                             f"learning_rate={config.learning_rate}")
-        if config.schedule != "constant" and not config.warmup_iters <= self.decay_end():
-            raise ValueError(f"got warmup_iters={config.warmup_iters}, expected at most the step "
-                             f"at which the schedule ends, {self.decay_end()}")
 
     def add_callback(self, onevent: str, callback: Callable) -> None:
         """Calls callback(trainer) at an event, after the callbacks added before."""
@@ -150,7 +141,8 @@ class Trainer:
                     self.step(network, next(batches))
                     self.trigger_callbacks("on_batch_end")
                     self.iter_num = self.steps_done
-                    self.take_time(start)
+                    self.iter_time = time.perf_counter()
+                    self.iter_dt = self.iter_time - start
                     self.after_step()
         except KeyboardInterrupt:
             self.goes_on = True
@@ -162,10 +154,7 @@ class Trainer:
         self.trigger_callbacks("on_train_end")
 
     def begin(self) -> Callable:
-        """Makes the optimizer and finds the first step; returns the network to train.
-
-        The network is the model itself, or the model wrapped for several processes.
-        """
+        """Makes the optimizer; returns the network to train, the model as it is or wrapped."""
         before = self.optimizer
         self.optimizer = self.make_optimizer()
         if self.goes_on:
@@ -173,8 +162,11 @@ class Trainer:
             logger.info(f"going on after step {self.steps_done}")
         else:
             self.steps_done = 0
-            self.scaler = self.make_scaler()
-            self.seed = self.choose_seed()
+            if self.config.seed is None:
+                # All processes take the first one's.
+                self.seed = processes.gather(int(torch.randint(2**31, ())))[0]
+            else:
+                self.seed = int(self.config.seed) + self.runs_done
             if self.rank > 0:
                 # Dropout differs between processes.
                 torch.manual_seed(self.seed + self.rank)
@@ -205,16 +197,6 @@ class Trainer:
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         return optimizer
-
-    def make_scaler(self) -> Any:
-        """Makes what scales the loss in float16, so that gradients do not vanish."""
-        return torch.amp.GradScaler(self.device_type, enabled=self.dtype == torch.float16)
-
-    def choose_seed(self) -> int:
-        """Returns the seed of a new run. All processes take the first one's."""
-        if self.config.seed is not None:
-            return int(self.config.seed) + self.runs_done
-        return processes.gather(int(torch.randint(2**31, ())))[0]
 
     def draw_batches(self) -> Generator[list, None, None]:
         """Yields the batch of each step, as a list of micro-batches (x, y).
@@ -267,11 +249,11 @@ class Trainer:
 
     def backward(self, network: Any, batches: list, shares: list[float]) -> None:
         """Adds up the gradients of the micro-batches, each by its share of all targets."""
-        # Without a target there is nothing to learn. But with several processes each
-        # takes part in the exchange of gradients, after its last micro-batch.
+        # A micro-batch without a target is left out. But each process takes part in
+        # the exchange of gradients, which comes with its last backward pass.
         learned = [i for i, share in enumerate(shares) if share > 0]
         if not learned:
-            learned = [len(shares) - 1]
+            learned = [0]
         for i in learned:
             network.require_backward_grad_sync = i == learned[-1]
             loss = self.compute(network, *batches[i])[1]
@@ -284,8 +266,7 @@ class Trainer:
         """Runs the network on a batch and returns (output, loss)."""
         x = x.to(self.device, non_blocking=True)
         y = y.to(self.device, non_blocking=True)
-        is_mixed = self.dtype != torch.float32
-        with torch.autocast(self.device_type, self.dtype, enabled=is_mixed):
+        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32):
             result = network(x, y)
         if not isinstance(result, (tuple, list)) or len(result) != 2:
             raise ValueError(f"got a {type(result).__name__} from the model's forward(x, y), "
@@ -293,25 +274,23 @@ class Trainer:
         return result
 
     def count_targets(self, y: Tensor) -> int:
-        """Counts the targets of the loss; a model's count_targets may know that some do not.
-
-        A class with a forward of its own has a loss of its own, so count_targets of the
-        class that it is made from no longer speaks for it.
-        """
-        for cls in type(self.model).__mro__:
+        """Counts the targets of the loss: all, or those that the model's count_targets counts."""
+        # A compiled model keeps the original.
+        model = getattr(self.model, "_orig_mod", self.model)
+        for cls in type(model).__mro__:
             if "count_targets" in vars(cls):
-                return int(self.model.count_targets(y))
+                return int(model.count_targets(y))
+            # A class with a forward of its own has a loss of its own, of which the
+            # count_targets that it inherits knows nothing.
             if "forward" in vars(cls):
                 break
         return y.numel()
 
-    def decay_end(self) -> float:
+    def decay_end(self) -> Any:
         """Returns the step at which the learning rate reaches min_lr."""
-        for end in (self.config.lr_decay_iters, self.config.max_iters):
-            if end is not None:
-                return end
-        raise ValueError(f"got schedule={self.config.schedule!r} without an end, expected "
-                         "max_iters or lr_decay_iters")
+        if self.config.lr_decay_iters is None:
+            return self.config.max_iters
+        return self.config.lr_decay_iters
 
     def schedule(self, step: int) -> float:
         """Returns the factor on the learning rates at a step: warm-up, then the decay.
@@ -337,11 +316,6 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self.schedule(self.steps_done)
 
-    def take_time(self, start: float) -> None:
-        """Notes how long a step took that began at `start`."""
-        self.iter_time = time.perf_counter()
-        self.iter_dt = self.iter_time - start
-
     def after_step(self) -> None:
         """Does what comes after each step: here nothing, in Run a lot."""
 
@@ -354,9 +328,8 @@ def carry_over(before: Any, optimizer: Any) -> None:
                 optimizer.state[parameter] = before.state[parameter]
     # Some optimizers also count in their groups. Settings stay the new ones.
     settings = ("params", "lr", "initial_lr", "betas", "momentum", "weight_decay")
-    if len(before.param_groups) == len(optimizer.param_groups):
-        for old, new in zip(before.param_groups, optimizer.param_groups):
-            new.update({key: value for key, value in old.items() if key not in settings})
-            # A rate that a callback has changed goes on, unless the setting is new.
-            if old.get("initial_lr") == new["initial_lr"]:
-                new["lr"] = old["lr"]
+    for old, new in zip(before.param_groups, optimizer.param_groups):
+        new.update({key: value for key, value in old.items() if key not in settings})
+        # A rate that a callback has changed goes on, unless the setting is new.
+        if old.get("initial_lr") == new["initial_lr"]:
+            new["lr"] = old["lr"]

@@ -169,8 +169,9 @@ class Loop(unittest.TestCase):
             (dict(batch_size=6, grad_accum_steps=4), "batch_size=6, expected a multiple of 4"),
             (dict(train_dataset=Numbered(0)), "a Numbered that is empty or has no length"),
             (dict(train_dataset=iter([])), "a list_iterator that is empty or has no length"),
+            (dict(schedule="cosine", warmup_iters=11), "schedule='cosine' that ends at step 10"),
             (dict(schedule="cosine", max_iters=None),
-             "schedule='cosine' without an end, expected max_iters"),
+             "schedule='cosine'.*expected a max_iters"),
             (dict(model=Regression(), optimizer="muon"), "optimizer='muon'.*configure_optimizers"),
             (dict(optimizer="sgd"), "optimizer='sgd'"),
         ):
@@ -376,6 +377,11 @@ class Targets(unittest.TestCase):
             trainer.run()
             results.append((trainer.loss, weights(trainer.model)))
         torch.testing.assert_close(results[0], results[1], atol=1e-9, rtol=1e-9)
+
+    def test_a_compiled_model_counts_as_the_model_does(self):
+        y = torch.tensor([[1, -1, -1, 2]])
+        trainer = make_trainer(torch.compile(no_dropout(), backend="eager"))
+        self.assertEqual(trainer.count_targets(y), 2)
 
     def test_without_count_targets_every_target_counts(self):
         class Labels(torch.nn.Module):
