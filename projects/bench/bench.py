@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -35,7 +36,6 @@ from mingpt.trainer import Trainer
 from mingpt.utils import cache_folder, run_script
 from peers import PEERS
 
-PACKAGES = ("transformers", "tiktoken")
 OURS = "this library"
 SIZES = {  # name: n_layer, n_head, n_embd, vocab_size
     "toy": (2, 2, 16, 10),
@@ -84,17 +84,14 @@ class Bench:
         A way for which there is not enough memory is named and left out.
         """
         times: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(1 + self.rounds):
+        for _ in range(1 + self.rounds):
             for name in list(times):
                 try:
-                    milliseconds = self.measure(ways[name])
+                    times[name].append(self.measure(ways[name]))
                 except torch.OutOfMemoryError:
                     print(f"{name} does not fit into memory")
                     del times[name]
-                    continue
-                if turn > 0:
-                    times[name].append(milliseconds)
-        return times
+        return {name: values[1:] for name, values in times.items()}
 
     def measure(self, way: Callable) -> float:
         """Returns the milliseconds that a call takes."""
@@ -143,18 +140,12 @@ class Bench:
 
 
 def make_models(size: str, T: int, pdrop: float) -> dict[str, torch.nn.Module]:
-    """Makes the same model in every way that is installed, by name."""
+    """Makes the same model in every way, by name."""
     config = GPT.get_default_config()
     config.n_layer, config.n_head, config.n_embd, config.vocab_size = SIZES[size]
-    config.block_size = T
-    config.embd_pdrop = config.resid_pdrop = config.attn_pdrop = pdrop
-    models = {name: peer(config) for name, peer in PEERS.items() if is_installed(name)}
-    return models | {OURS: GPT(config)}
-
-
-def is_installed(name: str) -> bool:
-    """Tells whether a package is here; what is no package always is."""
-    return name not in PACKAGES or importlib.util.find_spec(name) is not None
+    config.merge_from_dict(
+        dict(block_size=T, embd_pdrop=pdrop, resid_pdrop=pdrop, attn_pdrop=pdrop))
+    return {name: peer(config) for name, peer in PEERS.items()} | {OURS: GPT(config)}
 
 
 # -----------------------------------------------------------------------------
@@ -285,26 +276,20 @@ def bench_bpe(bench: Bench) -> None:
 
 
 def make_encoders() -> dict[str, Callable]:
-    """Makes the tokenizers of others that are installed, with the vocabulary of get_encoder()."""
-    folder = cache_folder()
-    merges = str(folder / "vocab.bpe")
-    vocabulary = str(folder / "encoder.json")
-    encoders: dict[str, Callable] = {}
-    if is_installed("tiktoken"):
-        import tiktoken
-        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-        from tiktoken_ext.openai_public import r50k_pat_str
-        ranks = data_gym_to_mergeable_bpe_ranks(merges, vocabulary)
-        gpt2 = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                                 special_tokens={})
-        encoders["tiktoken"] = gpt2.encode_ordinary
-    if is_installed("transformers"):
-        import transformers
-        # It warns of texts longer than GPT-2 reads.
-        transformers.utils.logging.set_verbosity_error()
-        encoders["transformers"] = transformers.GPT2Tokenizer(
-            vocab=vocabulary, merges=merges).encode
-    return encoders
+    """Makes the tokenizers of others, with the vocabulary of get_encoder()."""
+    import tiktoken
+    import transformers
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    merges = str(cache_folder() / "vocab.bpe")
+    vocabulary = str(cache_folder() / "encoder.json")
+    ranks = data_gym_to_mergeable_bpe_ranks(merges, vocabulary)
+    gpt2 = tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+    # transformers warns of texts longer than GPT-2 reads.
+    transformers.utils.logging.set_verbosity_error()
+    slow = transformers.GPT2Tokenizer(vocab=vocabulary, merges=merges)
+    return {"tiktoken": gpt2.encode_ordinary, "transformers": slow.encode}
 
 
 # -----------------------------------------------------------------------------
@@ -329,17 +314,15 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def describe(device: str) -> str:
     """Describes the machine and the versions in a line."""
-    processor = platform.processor() or platform.machine()
+    processors = [platform.machine()]
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-    parts = [processor, f"{torch.get_num_threads()} threads", platform.system(),
+        processors += re.findall(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8"))
+    parts = [processors[-1], f"{torch.get_num_threads()} threads", platform.system(),
              f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     if device == "cuda":
         parts.insert(0, torch.cuda.get_device_name())
-    parts += [f"{name} {version(name)}" for name in PACKAGES if is_installed(name)]
+    parts += [f"{name} {version(name)}" for name in ("transformers", "tiktoken")]
     return ", ".join([*parts, time.strftime("%Y-%m-%d")])
 
 
@@ -360,8 +343,6 @@ def parse(args: list[str]) -> argparse.Namespace:
     for part in options.parts:
         if part not in PARTS:
             raise ValueError(f"got the part {part!r}, expected {', '.join(PARTS)}")
-    if options.rounds < 1:
-        raise ValueError(f"got --rounds={options.rounds}, expected 1 or more")
     if options.device not in ("cpu", "cuda"):
         raise ValueError(f"got --device={options.device}, expected cpu or cuda")
     if options.device == "cuda" and not torch.cuda.is_available():
