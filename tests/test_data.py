@@ -19,6 +19,7 @@ WORDS = [
 SPACES = [
     "", " ", "\n", "\r\n", "  ", " \n", "\t", "\x0b", "\x0c", "\x1c", "\x85", "\xa0", "\u2003",
     "\u2028", "\u3000"]
+ENCODER = get_encoder()
 
 
 def make_text(seed: int, words: int) -> str:
@@ -30,7 +31,6 @@ def make_text(seed: int, words: int) -> str:
 class Texts(Folder):
     def setUp(self):
         super().setUp()
-        self.encoder = get_encoder()
         self.path = self.folder / "in.txt"
         self.out = self.folder / "out.bin"
 
@@ -53,25 +53,25 @@ class Texts(Folder):
             self.path.write_text(make_text(seed, 40), encoding="utf-8", newline="")
             for special in ((), "<|endoftext|>", {"<|endoftext|>"}):
                 with mock.patch("mingpt.data.PART_CHARACTERS", 1 + seed % 9):
-                    count = encode_file(self.encoder, self.path, self.out, special)
+                    count = encode_file(ENCODER, self.path, self.out, special)
                 tokens = np.fromfile(self.out, dtype=np.uint16).tolist()
-                self.assertEqual(tokens, self.encoder.encode(read_text(self.path), special))
+                self.assertEqual(tokens, ENCODER.encode(read_text(self.path), special))
                 self.assertEqual(len(tokens), count)
 
     def test_memory_holds_a_part_of_the_text(self):
         self.path.write_text("привет, мир! " * 400, encoding="utf-8")
         with (mock.patch("mingpt.data.PART_CHARACTERS", 50),
-              mock.patch.object(self.encoder, "encode", wraps=self.encoder.encode) as encode):
-            encode_file(self.encoder, self.path, self.out)
+              mock.patch.object(ENCODER, "encode", wraps=ENCODER.encode) as encode):
+            encode_file(ENCODER, self.path, self.out)
         self.assertLess(max(len(call.args[0]) for call in encode.call_args_list), 100)
 
     def test_an_error_leaves_the_old_file(self):
         self.path.write_bytes(b"new " * 750 + b"\xff")
         self.out.write_bytes(b"old")
         for expected, encoder, out, special in (
-                ("position 3000", self.encoder, self.out, ()),
-                ("without white space", self.encoder, self.out, ["<|a b|>"]),
-                ("the name of another file", self.encoder, self.path, ()),
+                ("position 3000", ENCODER, self.out, ()),
+                ("without white space", ENCODER, self.out, ["<|a b|>"]),
+                ("the name of another file", ENCODER, self.path, ()),
                 ("goes up to 65536", Encoder({"a": 65536}, []), self.out, ())):
             with self.assertRaisesRegex(ValueError, expected):
                 encode_file(encoder, self.path, out, special)
