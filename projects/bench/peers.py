@@ -76,25 +76,26 @@ class Block(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """Writes without a cache: each new token reads the whole row again."""
+    """Builds GPT-2 without a cache: each new token reads the whole row again.
 
-    by_formula: bool  # attention and GELU, operation by operation
-    tied: bool  # the embedding is the head, too
-    scores_all: bool  # computes the logits of all tokens when it writes
+    as_mingpt: attention and GELU by their formulas, a head of its own, and all tokens
+    are scored when it writes. Else as nanoGPT: torch's kernels, a head that is the
+    embedding, and only the last token is scored.
+    """
 
-    def __init__(self, c):
+    def __init__(self, c, as_mingpt: bool):
         super().__init__()
+        self.as_mingpt = as_mingpt
         self.block_size = c.block_size
-        blocks = [Block(c, self.by_formula) for _ in range(c.n_layer)]
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(c.vocab_size, c.n_embd),
             wpe=nn.Embedding(c.block_size, c.n_embd),
             drop=nn.Dropout(c.embd_pdrop),
-            h=nn.ModuleList(blocks),
+            h=nn.ModuleList([Block(c, by_formula=as_mingpt) for _ in range(c.n_layer)]),
             ln_f=nn.LayerNorm(c.n_embd),
         ))
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
-        if self.tied:
+        if not as_mingpt:
             self.lm_head.weight = self.transformer.wte.weight
 
     def features(self, idx: torch.Tensor) -> torch.Tensor:
@@ -113,23 +114,11 @@ class PlainGPT(nn.Module):
     def generate(self, idx: torch.Tensor, new: int) -> torch.Tensor:
         for _ in range(new):
             h = self.features(idx[:, -self.block_size:])  # (B, T, C)
-            if not self.scores_all:
+            if not self.as_mingpt:
                 h = h[:, -1:]  # (B, 1, C)
             scores = self.lm_head(h)[:, -1]  # (B, V)
             idx = torch.cat([idx, scores.argmax(-1, keepdim=True)], dim=1)
         return idx
-
-
-class MinGPT(PlainGPT):
-    by_formula = True
-    tied = False
-    scores_all = True
-
-
-class NanoGPT(PlainGPT):
-    by_formula = False
-    tied = True
-    scores_all = False
 
 
 class Transformers(nn.Module):
@@ -159,4 +148,8 @@ def mean_loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1)
 
 
-PEERS = {"minGPT": MinGPT, "nanoGPT": NanoGPT, "transformers": Transformers}
+PEERS = {
+    "minGPT": lambda c: PlainGPT(c, as_mingpt=True),
+    "nanoGPT": lambda c: PlainGPT(c, as_mingpt=False),
+    "transformers": Transformers,
+}
