@@ -148,11 +148,14 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
     Without the package safetensors the weights are in pytorch_model.bin. ValueError
     for a model with a part that GPT-2 lacks, since no such folder can hold it.
     """
+    _check_parts(model)
+    activation = model.transformer.h[0].mlp.act
+    is_exact = isinstance(activation, nn.GELU) and activation.approximate == "none"
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "n_positions": model.block_size,
-        "activation_function": _find_activation(model),
+        "activation_function": "gelu" if is_exact else "gelu_new",
         "tie_word_embeddings": model.is_tied,
         "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
     }
@@ -190,8 +193,8 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
                 path.unlink()
 
 
-def _find_activation(model: Any) -> str:
-    """Returns the name of a model's activation; ValueError for a part that GPT-2 lacks."""
+def _check_parts(model: Any) -> None:
+    """Raises ValueError, with its name, for a part of a model that GPT-2 does not have."""
     # The model may be of a subclass; GPT is the first class that has this method.
     GPT = [cls for cls in type(model).__mro__ if hasattr(cls, "get_default_config")][-1]
     was_disabled = logger.disabled
@@ -203,7 +206,7 @@ def _find_activation(model: Any) -> str:
     finally:
         logger.disabled = was_disabled
 
-    activation = dict(model.named_modules(remove_duplicate=False)).get("transformer.h.0.mlp.act")
+    activation = dict(model.named_modules()).get("transformer.h.0.mlp.act")
     if isinstance(activation, nn.GELU):
         for block in gpt2.transformer.h:
             block.mlp.act = activation
@@ -213,24 +216,25 @@ def _find_activation(model: Any) -> str:
         if parts.get(name) != expected.get(name):
             raise ValueError(f"a folder of the GPT-2 type cannot hold this model: {name} is "
                              "not GPT-2's")
-    return "gelu" if getattr(activation, "approximate", "tanh") == "none" else "gelu_new"
 
 
 def _describe(model: nn.Module) -> dict[str, Any]:
     """Returns what a model computes, but for the values of its weights: {name: part}."""
     parts: dict[str, Any] = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    # A module that stands in several places counts in each.
     for name, module in model.named_modules(remove_duplicate=False):
         # Dropout computes nothing when a model is used.
         if isinstance(module, nn.Dropout):
             continue
         # A whole model may compute a loss of its own.
-        forward = "forward" if module is not model else "features"
+        forward = "features" if module is model else "forward"
         for field in (forward, "attend", "mlpf", "eps", "n_head", "approximate"):
             value = getattr(module, field, None)
             # Methods of two modules are the same if their function is.
             parts[f"{name}.{field}"] = getattr(value, "__func__", value)
         mask = getattr(module, "_mask", None)
-        parts[f"{name}.mask"] = mask is None or bool((mask == torch.ones_like(mask).tril()).all())
+        is_causal = mask is None or torch.equal(mask != 0, torch.ones_like(mask).tril() != 0)
+        parts[f"{name}.mask"] = is_causal
     return parts
 
 

@@ -152,14 +152,13 @@ def _read_comments(build: Callable) -> dict[str, str]:
     for line in inspect.getsource(build).splitlines():
         code, _, comment = line.partition("  # ")
         field = re.search(r"\w+\.([\w.]+) = ", code)
-        name = field[1] if field else ""
         part = re.search(r"(\w+)\.get_default_config\(\)", code)
         if part and part[1] in build.__globals__:
             inner = _read_comments(build.__globals__[part[1]].get_default_config)
-            prefix = f"{name}." if name else ""
+            prefix = f"{field[1]}." if field else ""
             comments.update({prefix + name: text for name, text in inner.items()})
-        elif comment:
-            comments[name] = comment
+        elif field and comment:
+            comments[field[1]] = comment
     return comments
 
 
@@ -167,9 +166,6 @@ def _read_comments(build: Callable) -> dict[str, str]:
 OTHER_NAMES = {
     "lr": "learning_rate",
     "dropout": "embd_pdrop resid_pdrop attn_pdrop",
-    "epochs": "max_iters",
-    "context_length": "block_size",
-    "hidden_size": "n_embd",
 }
 
 
