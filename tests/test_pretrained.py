@@ -222,9 +222,11 @@ class BadFolders(Seeded):
                 self.refused(named)
 
     def test_a_file_that_holds_no_weights_runs_nothing(self):
+        owned = str(self.folder / "owned")
+
         class Malicious:
             def __reduce__(self):
-                return os.mkdir, ("owned",)
+                return os.mkdir, (owned,)
 
         good = self.weights.read_bytes()
         pickled = pickle.dumps(Malicious(), protocol=2)
@@ -235,7 +237,7 @@ class BadFolders(Seeded):
                 (self.folder / name).write_bytes(content)
                 with self.subTest(name, content=content[:10]):
                     self.refused(f"{name} cannot be read as weights")
-        self.assertFalse(os.path.exists("owned"))
+        self.assertFalse(os.path.exists(owned))
 
     def test_an_index_names_files_of_its_folder_only(self):
         self.weights.unlink()
