@@ -113,24 +113,22 @@ class Reports(Folder):
                                         "tokens_per_second", "seconds"})
         self.assertEqual(rows[-1]["loss"], run.evaluate(Pairs(), 1))
 
-    def test_a_step_is_reported_validated_and_saved_in_this_order(self):
-        calls = []
+    def test_a_step_is_reported_then_validated_then_saved(self):
         run = make_run(max_iters=1, log_interval=1, eval_interval=1, val_dataset=Pairs(),
                        work_dir=self.folder)
-        for name in ("report", "evaluate", "save_checkpoint"):
-            method = getattr(run, name)
+        seen = []
 
-            def watch(*args, name=name, method=method):
-                calls.append(name)
-                return method(*args)
+        def look(run):
+            splits = [row["split"] for row in read_metrics(self.folder)]
+            seen.append((splits, (self.folder / "checkpoint.pt").exists()))
 
-            setattr(run, name, watch)
-        # minGPT's set_callback replaces callbacks, not this.
-        run.set_callback("on_batch_end", lambda run: calls.append("on_batch_end"))
-        run.add_callback("on_eval_end", lambda run: calls.append("on_eval_end"))
+        # minGPT's set_callback replaces callbacks, not the order of these.
+        run.set_callback("on_batch_end", lambda run: run.write_metrics(split="mine"))
+        run.set_callback("on_eval_end", look)
+        run.set_callback("on_train_end", look)
         run.run()
-        self.assertEqual(calls, ["on_batch_end", "report", "evaluate", "on_eval_end",
-                                 "save_checkpoint"])
+        splits = ["mine", "train", "val"]
+        self.assertEqual(seen, [(splits, False), (splits, True)])
 
     def test_without_a_folder_nothing_is_written(self):
         self.addCleanup(os.chdir, os.getcwd())
@@ -157,30 +155,14 @@ class Reports(Folder):
         self.assertGreater(run.elapsed, 0)
 
     def test_the_wait_for_a_gpu_belongs_to_the_step_that_waits(self):
-        now = [0.0]
-
-        class Device:
-            """Stands for torch.cuda, which computes on while Python goes ahead."""
-
-            def synchronize(self):
-                now[0] += 5.0
-
-            def get_rng_state(self):
-                return torch.zeros(1)
-
+        times = [0.0]
+        gpu = mock.Mock()
+        gpu.get_rng_state.return_value = torch.zeros(1)
+        gpu.synchronize.side_effect = lambda: times.append(times[-1] + 5.0)
         run = make_run(max_iters=2, log_interval=1, work_dir=self.folder)
-
-        def turn_into_gpu(parameter):
-            # These gradients are the last that a step computes.
-            run.device_type = "cuda"
-
-        def turn_back(module, args):
-            run.device_type = "cpu"
-
-        run.model.register_forward_pre_hook(turn_back)
-        run.model.transformer.wpe.weight.register_post_accumulate_grad_hook(turn_into_gpu)
-        with (mock.patch("time.perf_counter", lambda: now[0]),
-              mock.patch("torch.get_device_module", return_value=Device())):
+        run.device_type = "cuda"
+        with (mock.patch("time.perf_counter", lambda: times[-1]),
+              mock.patch("torch.get_device_module", return_value=gpu)):
             run.run()
         self.assertEqual([row["seconds"] for row in read_metrics(self.folder)], [5.0, 10.0])
 
