@@ -58,7 +58,8 @@ def _write(model: Any, idx: Tensor, max_new_tokens: int, choose: Callable,
            stop_token: int | None, use_cache: bool) -> Iterator[Tensor]:
     """Writes token by token; the model is in eval mode whenever it is asked for one."""
     block_size = model.block_size
-    window = idx[:, -block_size:]  # (B, T), what the model reads
+    window = idx[:, -block_size:]  # (B, T), what the model may look at
+    unread = window  # what it has not read yet: all of it, or with the cache a token
     stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)  # (B, 1)
     cache = None
     # Parts that are not known may keep tensors for a later training.
@@ -74,8 +75,6 @@ def _write(model: Any, idx: Tensor, max_new_tokens: int, choose: Callable,
             if cache is None:
                 logits, _ = model(window)  # (B, T, V)
             else:
-                # The prompt at first, then one token each time.
-                unread = window[:, cache[0].length:]
                 logits, _ = model(unread, cache=cache)  # (B, 1, V)
                 # A full window slides from here on, so each token changes its position.
                 # A part that leaves its cache empty does not take part.
@@ -87,7 +86,8 @@ def _write(model: Any, idx: Tensor, max_new_tokens: int, choose: Callable,
                 token = token.masked_fill(stopped, stop_token)
                 stopped = stopped | (token == stop_token)
         window = torch.cat([window, token], dim=1)[:, -block_size:]  # (B, T + 1) at most
-        yield window[:, -1:]
+        unread = window[:, -1:]  # (B, 1)
+        yield unread
         if stop_token is not None and stopped.all():
             return
 
@@ -178,28 +178,21 @@ def can_cache(model: Any) -> bool:
         if getattr(attention, "_mask", None) is not None:
             return False
         parts += [block.forward, attention.forward]
-    takes_all = all(takes_cache(part) for part in parts)
-    return takes_all and all(map(is_tokenwise, model.modules()))
+    return all(map(takes_cache, parts)) and all(map(is_known, model.modules()))
 
 
-def is_tokenwise(module: nn.Module) -> bool:
+def is_known(module: nn.Module) -> bool:
     """Tells whether a module is known to treat each token for itself, or takes a cache."""
     if has_hooks(module):
         return False
     if type(module) in TOKENWISE and "forward" not in vars(module):
         return True
-    methods = [find_method(module, name) for name in ("forward", "features", "mlpf", "attend")]
-    return all(is_own(method) or takes_cache(method) for method in methods if method)
-
-
-def find_method(module: nn.Module, name: str) -> Callable | None:
-    """Returns the method that a call of module.name(...) runs, or None."""
-    return vars(module).get(name, getattr(type(module), name, None))
-
-
-def is_own(method: Callable) -> bool:
-    """Tells whether a method is the library's, and not one that replaces it."""
-    return getattr(method, "__globals__", {}).get("__name__") == "mingpt.model"
+    for name in ("forward", "features", "mlpf", "attend"):
+        method = getattr(module, name, None)
+        is_own = getattr(method, "__globals__", {}).get("__name__") == "mingpt.model"
+        if method is not None and not is_own and not takes_cache(method):
+            return False
+    return True
 
 
 def takes_cache(method: Callable) -> bool:
@@ -209,6 +202,6 @@ def takes_cache(method: Callable) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Tells whether somebody watches or changes what goes in or comes out."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks,
-             module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or nn.modules.module._has_any_global_hook()
+    return bool(module._forward_hooks or module._forward_pre_hooks
+                or module._backward_hooks or module._backward_pre_hooks
+                or nn.modules.module._has_any_global_hook())

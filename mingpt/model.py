@@ -90,22 +90,21 @@ class CausalSelfAttention(nn.Module):
                 raise ValueError(f"got {T} tokens after a prompt, expected one at a time")
             k, v = cache.append(k, v)  # (B, nh, past + T, hs)
 
-        if self.uses_kernel():
-            p = self.attn_dropout.p if self.attn_dropout.training else 0.0
+        dropout = self.attn_dropout
+        if self.uses_kernel(dropout):
+            p = dropout.p if dropout.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=is_causal)
         else:
             y = self.attend(q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
-    def uses_kernel(self) -> bool:
+    def uses_kernel(self, dropout: nn.Module) -> bool:
         """Tells whether torch's kernel may stand for the formula."""
-        # The kernel skips the dropout module. If that was replaced or is watched, the
-        # formula calls it.
-        dropout = self.attn_dropout
+        # The kernel does not call the dropout module, which may be replaced or watched.
         is_plain = type(dropout) in (Dropout, nn.Dropout) and "forward" not in vars(dropout)
         is_own = type(self).attend is CausalSelfAttention.attend
-        return self.fused and is_plain and is_own and not has_hooks(dropout)
+        return self.fused and is_own and is_plain and not has_hooks(dropout)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Computes what the kernel computes, softmax(q kᵀ / √hs) v, step by step.
@@ -254,12 +253,9 @@ class GPT(nn.Module):
     @property
     def is_tied(self) -> bool:
         """Tells whether one matrix does both."""
-        weight = getattr(self.lm_head, "weight", None)
-        return weight is not None and weight is self.embedding_weight()
-
-    def embedding_weight(self) -> Any:
-        """Returns the matrix that embeds the tokens; None where a part of one's own does so."""
-        return getattr(getattr(self.transformer, "wte", None), "weight", None)
+        weights = dict(self.named_parameters(remove_duplicate=False))
+        head = weights.get("lm_head.weight")
+        return head is not None and head is weights.get("transformer.wte.weight")
 
     def features(self, idx: Tensor, cache: list[KVCache] | None = None) -> Tensor:
         """Computes all but the output layer: tokens (B, T) -> residual stream (B, T, C).
@@ -273,11 +269,11 @@ class GPT(nn.Module):
             raise ValueError(
                 f"got {end} tokens in a row, but block_size is {self.block_size}; shorten it")
         pos = torch.arange(past, end, device=idx.device)  # (T,)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C) + (T, C)
-        x = self.transformer.drop(x)
-        for i, block in enumerate(self.transformer.h):
+        parts = self.transformer
+        x = parts.drop(parts.wte(idx) + parts.wpe(pos))  # (B, T, C) + (T, C)
+        for i, block in enumerate(parts.h):
             x = block(x) if cache is None else block(x, cache[i])
-        return self.transformer.ln_f(x)
+        return parts.ln_f(x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 cache: list[KVCache] | None = None) -> tuple[Tensor, Tensor | None]:
@@ -309,11 +305,14 @@ class GPT(nn.Module):
 
         Weight decay is for the matrices of Linear layers, except the embedding.
         """
-        embedding = self.embedding_weight()
-        linears = [m for m in self.modules() if isinstance(m, nn.Linear)]
-        weights = [p for m in linears for p in m.parameters(recurse=False) if p.dim() == 2]
-        # A dict drops repetitions and keeps the order, which a checkpoint needs.
-        decayed = dict.fromkeys(p for p in weights if p is not embedding)
+        def matrices(kind: type) -> list[Tensor]:
+            layers = [module for module in self.modules() if isinstance(module, kind)]
+            return [p for layer in layers for p in layer.parameters(recurse=False) if p.dim() == 2]
+
+        # A tied head is an embedding as well. A dict drops repetitions and keeps the
+        # order, which a checkpoint needs.
+        embeddings = set(matrices(nn.Embedding))
+        decayed = dict.fromkeys(p for p in matrices(nn.Linear) if p not in embeddings)
         others = [p for p in self.parameters() if p not in decayed]
         groups: list[dict] = [{"params": list(decayed)}, {"params": others, "weight_decay": 0.0}]
         name = getattr(train_config, "optimizer", "adamw")
