@@ -122,7 +122,7 @@ CN = CfgNode
 def _parse(name: str, text: str, default):
     """Returns the value of a text, in the type of the default: ("x", "1e-3", 0.1) -> 0.001."""
     if isinstance(default, str):
-        # A field that may be empty takes any word, this one, too.
+        # "None" unsets a text; where the default is empty, it is a word like others.
         return None if text == "None" and default else text
     try:
         value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)

@@ -173,29 +173,31 @@ class BadFolders(Seeded):
         self.config = self.folder / "config.json"
         self.weights = self.folder / "pytorch_model.bin"
 
-    def test_a_field_that_no_model_has(self):
+    def test_a_field_that_no_model_has_is_named(self):
         good = read_json(self.config)
         sizes = ("n_head", "n_layer", "n_embd", "vocab_size", "n_positions")
         wrong = {size: [0, -2, "2", True, 8.5, None, [], float("nan")] for size in sizes}
-        wrong["n_layer"] += [3, 20000, 10**30]
-        # These do not fit the weights.
         wrong["n_head"] += [5]
-        wrong["n_positions"] += [9]
-        wrong["n_embd"] += [48, 3 * 10**9]
-        wrong["vocab_size"] += [10**15]
+        wrong["n_layer"] += [3, 20000, 10**30]
         wrong |= dict(
             resid_pdrop=[5, float("nan"), "0.1"], activation_function=["relu", ["gelu"], None],
             add_cross_attention=[True], scale_attn_weights=[False], layer_norm_epsilon=[1e-6],
             scale_attn_by_inverse_layer_idx=[True], model_type=["bert", {}],
             tie_word_embeddings=["yes"])
         for field, values in wrong.items():
+            named = "block_size" if field == "n_positions" else field
             for value in values:
                 write_json(self.config, good | {field: value})
                 with self.subTest(field=field, value=value):
-                    self.refused(r"config\.json")
-        for field in sizes:
-            write_json(self.config, {key: good[key] for key in good if key != field})
-            self.refused(r"config\.json")
+                    self.refused(rf"config\.json.*{named}")
+
+    def test_sizes_that_the_weights_do_not_have(self):
+        good = read_json(self.config)
+        for changes in (dict(n_positions=9), dict(n_embd=48), dict(n_embd=3 * 10**9),
+                        dict(vocab_size=10**15)):
+            write_json(self.config, good | changes)
+            with self.subTest(changes):
+                self.refused(r"config\.json and the weights in .* do not make a model")
 
     def test_a_config_that_is_none(self):
         deep = b'{"n_layer":' * 50_000 + b"1" + b"}" * 50_000
