@@ -417,8 +417,9 @@ class Checkpoints(Folder):
             self.assertTrue(torch.equal(weights(compiled), weights(trained)))
 
     def test_settings_may_be_any_objects(self):
-        make_run(max_iters=np.int64(1), learning_rate=np.float64(1e-3), betas=(np.float64(0.9), 0.9),
-                 hook=print, table={(1, 2): object()}, path=Path("x"), work_dir=self.folder).run()
+        make_run(max_iters=np.int64(1), learning_rate=np.float64(1e-3),
+                 betas=(np.float64(0.9), 0.95), hook=print, table={(1, 2): object()},
+                 path=Path("x"), work_dir=self.folder).run()
         saved = read_checkpoint(self.folder / "checkpoint.pt")["config"]
         self.assertEqual((saved["max_iters"], saved["learning_rate"]), (1, 1e-3))
 
