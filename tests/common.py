@@ -226,12 +226,14 @@ def run_forked(main: Callable, *args, count: int = 1, check: bool = True, **envi
 
 
 class Folder(unittest.TestCase):
-    """A test with a folder of its own."""
+    """A test in a folder of its own."""
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
+        self.addCleanup(os.chdir, os.getcwd())
         self.folder = Path(folder.name)
+        os.chdir(self.folder)
 
     def patch(self, *patches) -> None:
         """Applies patches of unittest.mock until the test ends."""

@@ -55,8 +55,6 @@ class Texts(unittest.TestCase):
 class Runs(Folder):
     def setUp(self):
         super().setUp()
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.folder)
         self.write("in.txt", 'the "def" of 2024\n' * 40)
 
     def write(self, name: str, text: str) -> None:

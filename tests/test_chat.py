@@ -23,8 +23,8 @@ import chat
 import sums
 
 
-def parrot(text: str):
-    """Makes a model that says the letter of `text` at each position, whatever it is asked.
+def save_parrot(text: str) -> None:
+    """Saves a model that says the letter of `text` at each position, whatever it is asked.
 
     \\0 stands for the end token. The embedding of a position is the row of its letter in
     the head. Tokens and blocks add nothing to it.
@@ -38,7 +38,8 @@ def parrot(text: str):
             token = 256 if letter == "\0" else ord(letter)
             model.transformer.wpe.weight[place, token] = 1
         model.lm_head.weight.copy_(torch.eye(257, 258))
-    return model
+    model.save_pretrained("parrot")
+    save_encoder(chat.get_byte_encoder(), "parrot")
 
 
 class Dialogs(Folder):
@@ -102,20 +103,7 @@ class Dialogs(Folder):
         self.assertEqual((len(seen), len(set(seen))), (900, 900))
 
 
-class InFolder(Folder):
-    """A test in a folder of its own, with a model there that says a text."""
-
-    def setUp(self):
-        super().setUp()
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.folder)
-
-    def save(self, text: str) -> None:
-        parrot(text).save_pretrained("parrot")
-        save_encoder(chat.get_byte_encoder(), "parrot")
-
-
-class Talk(InFolder):
+class Talk(Folder):
     def talk(self, *lines: str, args=()) -> str:
         """Returns what the program prints when these lines come through a pipe, after `you: `."""
         spoken = "".join(line + "\n" for line in lines)
@@ -125,7 +113,7 @@ class Talk(InFolder):
         return printed.replace("you: ", "").rstrip("\n")
 
     def test_commands(self):
-        self.save("abcdefgh\0" + "i" * 5 + "\0" + "xyz\0" * 30)
+        save_parrot("abcdefgh\0" + "i" * 5 + "\0" + "xyz\0" * 30)
         spoken = self.talk(
             "hey", "/save d.txt", "/undo", "/undo", "/save d.txt", "hey", "/reset", "/save",
             "/what", "hey", "/save .", "/quit", "hey").splitlines()
@@ -140,12 +128,12 @@ class Talk(InFolder):
 
     def test_an_answer_is_one_printable_line_of_at_most_half_of_the_context(self):
         # What would clear the screen, and an answer that never ends.
-        self.save("ab\x1b[2J\ncd" + "e" * 200)
+        save_parrot("ab\x1b[2J\ncd" + "e" * 200)
         spoken = self.talk("h", args=["--max_new_tokens=5000"])
         self.assertEqual(spoken, "h\nbot: b [2J cd" + "e" * 96)
 
     def test_an_empty_answer_and_a_question_that_is_too_long_are_forgotten(self):
-        self.save("q\0\0\0\0\0" + "x" * 34)
+        save_parrot("q\0\0\0\0\0" + "x" * 34)
         spoken = self.talk("h", "/undo", "a" * 20, "", "  ").splitlines()
         self.assertEqual(spoken, [
             "h", "bot: (an empty answer; the question is forgotten)", "/undo",
@@ -163,7 +151,7 @@ class Talk(InFolder):
     def test_what_is_refused(self):
         tiny_gpt().save_pretrained("other")
         save_encoder(chat.Encoder({"a": 0}, []), "other")
-        self.save("x" * 9)
+        save_parrot("x" * 9)
         (self.folder / "good").write_text("q\na\n\n" * 3, encoding="utf-8")
         for message, *args in (
             ("there is no folder '/nothing'", "--model=/nothing"),
@@ -180,12 +168,12 @@ class Talk(InFolder):
 
 
 @unittest.skipIf(os.name == "nt", "needs a pseudo-terminal")
-class Terminal(InFolder):
+class Terminal(Folder):
     def test_ctrl_c_stops_the_answer_and_gives_up_a_line(self):
         import fcntl
         import pty
         import termios
-        self.save("a" * 20_000)
+        save_parrot("a" * 20_000)
         outer, inner = pty.openpty()
         self.addCleanup(os.close, outer)
 

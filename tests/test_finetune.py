@@ -35,8 +35,6 @@ def byte_encoder() -> Encoder:
 class Finetune(Folder):
     def setUp(self):
         super().setUp()
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.folder)
         torch.manual_seed(1)
         # The vocabulary is padded: five rows stand for no token.
         self.start = tiny_gpt(vocab_size=264, block_size=32, n_layer=3)

@@ -68,8 +68,6 @@ def load(name: str):
 class Projects(Folder):
     def setUp(self):
         super().setUp()
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.folder)
         environment = dict(MINGPT_TRACEBACK="", MINGPT_CACHE=str(vocabulary_folder()))
         self.patch(mock.patch.dict(os.environ, environment))
 

@@ -49,8 +49,6 @@ class Recipes(Folder):
         super().setUp()
         environment = dict(MINGPT_CACHE=str(vocabulary_folder()), MPLBACKEND="Agg")
         self.patch(mock.patch.dict(os.environ, environment))
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.folder)
         self.addCleanup(close_log)
         text = "\n".join(json.dumps({"text": row}) for row in ROWS)
         (self.folder / "texts.jsonl").write_text(text, encoding="utf-8")

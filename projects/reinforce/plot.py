@@ -6,7 +6,7 @@ Draws the picture of the readme, scores.png, from the metric rows in results/.
 Needs matplotlib.
 """
 
-import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,8 @@ from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 SEEDS = (3407, 1, 2)
-
-
-def read_scores(name: str) -> tuple[list[int], list[float]]:
-    """Reads a run's steps, and the per cent of held-out sums that were right after them."""
-    text = (HERE / "results" / f"{name}.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    rows = [row for row in rows if row["split"] == "test"]
-    return [row["iteration"] for row in rows], [100 * row["exact"] for row in rows]
+# The adder writes the same rows, and its plot reads them.
+read_scores = runpy.run_path(str(HERE.parent / "adder" / "plot.py"))["read_scores"]
 
 
 def main() -> None:
@@ -29,13 +23,13 @@ def main() -> None:
     axes = figure.subplots()
     for name, label, color in (("targets", "told the sums", "C1"),
                                ("reward", "told right or wrong", "C0")):
-        runs = [read_scores(f"{name}-{seed}") for seed in SEEDS]
+        runs = [read_scores(HERE / "results" / f"{name}-{seed}.jsonl") for seed in SEEDS]
         for steps, scores in runs:
             axes.plot(steps, scores, color=color, alpha=0.3, lw=1)
         mean = np.mean([scores for _, scores in runs], axis=0)
         axes.plot(runs[0][0], mean, color=color, lw=2, label=f"{label}: mean of three seeds")
     axes.set_xlabel("step of the second part")
-    axes.set_ylabel("held-out sums right, %")
+    axes.set_ylabel("held-out sums right, % (higher is better)")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(HERE / "scores.png", dpi=110)
