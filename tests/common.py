@@ -226,20 +226,27 @@ def run_forked(main: Callable, *args, count: int = 1, check: bool = True, **envi
 
 
 class Folder(unittest.TestCase):
-    """A test in a folder of its own."""
+    """A test with a folder of its own."""
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
-        self.addCleanup(os.chdir, os.getcwd())
         self.folder = Path(folder.name)
-        os.chdir(self.folder)
 
     def patch(self, *patches) -> None:
         """Applies patches of unittest.mock until the test ends."""
         for patch in patches:
             patch.start()
             self.addCleanup(patch.stop)
+
+
+class WorkingFolder(Folder):
+    """A test that runs in its folder."""
+
+    def setUp(self):
+        super().setUp()
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.folder)
 
 
 class Server(Folder):

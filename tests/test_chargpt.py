@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 
-from common import ROOT, Folder, Server, run_here
+from common import ROOT, Server, WorkingFolder, run_here
 from mingpt.checkpoint import read_checkpoint
 
 sys.path.insert(0, str(ROOT / "projects" / "chargpt"))
@@ -32,18 +32,17 @@ class Texts(unittest.TestCase):
         self.assertEqual(chars, "\n aé世🤗")
         self.assertEqual("".join(chars[token] for token in tokens), text)
 
-    def test_parts_have_their_shares_and_the_least_length_that_is_named_suffices(self):
-        for name, shares in (("", [0.9, 0.1]), ("text8", [0.9, 0.05, 0.05])):
-            for T in (1, 8, 13, 64):
-                with self.assertRaisesRegex(ValueError, "or more") as refused:
-                    chargpt.split(np.arange(T), name, T)
-                needed = re.search(r"expected ([\d,]+)", str(refused.exception))[1]
-                tokens = np.arange(int(needed.replace(",", "")))
-                parts = chargpt.split(tokens, name, T)
-                self.assertGreater(min(map(len, parts)), T)
-                self.assertEqual(np.concatenate(parts).tolist(), tokens.tolist())
-                for part, share in zip(parts, shares, strict=True):
-                    self.assertAlmostEqual(len(part), share * len(tokens), delta=1)
+    def test_a_text_is_cut_by_shares_if_a_window_fits_into_each(self):
+        for name, sizes in (("", [900, 100]), ("text8", [900, 50, 50])):
+            parts = chargpt.split(np.arange(1000), name, block_size=8)
+            self.assertEqual([len(part) for part in parts], sizes)
+            self.assertEqual(np.concatenate(parts).tolist(), list(range(1000)))
+        for T in (1, 8, 13, 64):
+            with self.assertRaisesRegex(ValueError, "or more") as refused:
+                chargpt.split(np.arange(T), "", T)
+            least = re.search(r"expected ([\d,]+)", str(refused.exception))[1].replace(",", "")
+            parts = chargpt.split(np.arange(int(least)), "", T)
+            self.assertGreater(min(map(len, parts)), T)
 
     def test_bytes_of_a_character(self):
         chars, tokens = chargpt.encode("aé世🤗")
@@ -52,13 +51,17 @@ class Texts(unittest.TestCase):
         self.assertEqual(chargpt.count_bytes(chars, tokens, "enwik8"), 1)
 
 
-class Runs(Folder):
+class Runs(WorkingFolder):
     def setUp(self):
         super().setUp()
         self.write("in.txt", 'the "def" of 2024\n' * 40)
 
     def write(self, name: str, text: str) -> None:
         (self.folder / name).write_text(text, encoding="utf-8")
+
+    def times(self) -> dict:
+        """Returns when each file was written."""
+        return {path: path.stat().st_mtime_ns for path in self.folder.rglob("*")}
 
     def runs(self, *args) -> str:
         status, printed, errors = run_here(chargpt.main, *args)
@@ -67,13 +70,12 @@ class Runs(Folder):
 
     def refused(self, message: str, *args) -> None:
         """One line says what is wrong, and no file has changed."""
-        before = {path: path.is_file() and path.read_bytes() for path in self.folder.rglob("*")}
+        before = self.times()
         with self.subTest(args=str(args)[-100:]):
             status, _, errors = run_here(chargpt.main, *args)
             self.assertEqual((status, errors.count("\n")), (2, 1), errors)
             self.assertRegex(errors, f"^error: .*{message}")
-            after = {path: path.is_file() and path.read_bytes() for path in self.folder.rglob("*")}
-            self.assertEqual(after, before)
+            self.assertEqual(self.times(), before)
 
     def test_a_run_reports_nats_bits_and_bits_per_byte(self):
         self.write("in.txt", "Größe! 世界\n" * 100)

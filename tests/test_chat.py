@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from common import ROOT, Folder, run_here, tiny_gpt
+from common import ROOT, WorkingFolder, run_here, tiny_gpt
 from mingpt.pretrained import save_encoder
 
 CHAT = ROOT / "projects" / "chat"
@@ -42,7 +42,7 @@ def save_parrot(text: str) -> None:
     save_encoder(chat.get_byte_encoder(), "parrot")
 
 
-class Dialogs(Folder):
+class Dialogs(WorkingFolder):
     def read(self, content: bytes):
         (self.folder / "dialogs.txt").write_bytes(content)
         return chat.read_dialogs(str(self.folder / "dialogs.txt"))
@@ -103,7 +103,7 @@ class Dialogs(Folder):
         self.assertEqual((len(seen), len(set(seen))), (900, 900))
 
 
-class Talk(Folder):
+class Talk(WorkingFolder):
     def talk(self, *lines: str, args=()) -> str:
         """Returns what the program prints when these lines come through a pipe, after `you: `."""
         spoken = "".join(line + "\n" for line in lines)
@@ -168,7 +168,7 @@ class Talk(Folder):
 
 
 @unittest.skipIf(os.name == "nt", "needs a pseudo-terminal")
-class Terminal(Folder):
+class Terminal(WorkingFolder):
     def test_ctrl_c_stops_the_answer_and_gives_up_a_line(self):
         import fcntl
         import pty

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 
-from common import ROOT, Folder, run_forked, run_here, tiny_gpt
+from common import ROOT, WorkingFolder, run_forked, run_here, tiny_gpt
 from mingpt.bpe import Encoder, bytes_to_unicode
 from mingpt.model import GPT
 from mingpt.pretrained import load_encoder, save_encoder
@@ -32,7 +32,7 @@ def byte_encoder() -> Encoder:
     return Encoder({token: i for i, token in enumerate(tokens)}, merges)
 
 
-class Finetune(Folder):
+class Finetune(WorkingFolder):
     def setUp(self):
         super().setUp()
         torch.manual_seed(1)
@@ -90,12 +90,6 @@ class Finetune(Folder):
         self.assertEqual([*tokens, *val_tokens], expected)
         self.assertEqual(expected.count(258), 20)
 
-    def test_a_fresh_model_has_the_rows_of_its_vocabulary(self):
-        _, losses = self.train("--model.name=", "--data.vocabulary=tiny",
-                               "--model.model_type=gpt-nano", "--trainer.max_iters=0")
-        # It knows nothing.
-        self.assertAlmostEqual(losses[0], math.log(259), delta=0.1)
-
     def test_the_best_model_is_the_result(self):
         printed, losses = self.train(
             "--trainer.learning_rate=0.3", "--trainer.warmup_iters=0",
@@ -106,14 +100,6 @@ class Finetune(Folder):
         self.assertLess(found[best], found[20])
         self.assertIn(f"the best model is that of step {best}\n", printed)
         self.assertAlmostEqual(losses[1], found[best], delta=1e-3)
-
-    def test_a_resumed_run_is_a_whole_one(self):
-        args = ("--trainer.optimizer=muon", "--trainer.lr_decay_iters=20",
-                "--trainer.warmup_iters=4")
-        _, whole = self.train(*args, "--system.work_dir=whole")
-        self.train(*args, "--trainer.max_iters=10")
-        # A resumed run does not report where it begins.
-        self.assertEqual(self.train(*args, "--trainer.resume=auto")[1], whole[1:])
 
     def test_two_processes_save_one_model(self):
         printed = run_forked(finetune.main, *SHORT, "--trainer.max_iters=2", count=2)

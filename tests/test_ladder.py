@@ -143,13 +143,6 @@ class Modern(unittest.TestCase):
         block = modern.ModernGPT(settings()).transformer.h[0]
         self.assertTrue(torch.equal(block(x.float()), x.float()))
 
-    def test_without_rotary_positions_are_a_table_and_without_rms_norm_norms_are_layer_norm(self):
-        for is_on in (True, False):
-            model = tiny_modern(rotary=is_on, rms_norm=is_on)
-            names = dict(model.named_parameters())
-            self.assertEqual("transformer.wpe.weight" in names, not is_on)
-            self.assertEqual("transformer.ln_f.bias" in names, not is_on)
-
     def test_generation_with_the_cache_is_that_without(self):
         idx = torch.randint(V, (3, 4))
         for switches in ({}, *({name: False} for name in SWITCHES)):

@@ -102,29 +102,5 @@ class Scores(unittest.TestCase):
         self.assertIn(f"the model                 {(p.argmax(1) == truth).mean():.2%}", printed)
 
 
-class Drawings(unittest.TestCase):
-    def test_attention_is_what_the_last_token_looks_at(self):
-        model = toy_gpt()
-        x = torch.arange(12) % 17
-        shares = pixels.attention(model, x)
-        # By hand in the first block: softmax(q k / sqrt(hs)) of the last query.
-        block = model.transformer.h[0]
-        embedded = model.transformer.wte(x) + model.transformer.wpe.weight[:12]  # (T, C)
-        q, k, _ = block.attn.c_attn(block.ln_1(embedded)).chunk(3, dim=-1)  # (T, C) each
-        scores = q[-1].view(2, 8, 1) * k.view(12, 2, 8).permute(1, 2, 0)  # (nh, hs, T)
-        by_hand = (scores.sum(1) / math.sqrt(8)).softmax(-1)  # (nh, T)
-        torch.testing.assert_close(shares[0], by_hand)
-        self.assertTrue(all(block.attn.fused for block in model.transformer.h))
-
-    def test_pictures_are_in_their_places(self):
-        pictures = torch.arange(6.0)[:, None].expand(6, 64).reshape(2, 3, 64)
-        axes = pixels.draw_sheet(pictures, ["a", "b", "c"], ["0", "1"])
-        grid = axes.images[0].get_array().filled(np.nan)
-        self.assertEqual(grid.shape, (17, 26))
-        for row, column in np.ndindex(2, 3):
-            tile = grid[9 * row:9 * row + 8, 9 * column:9 * column + 8]
-            self.assertTrue((tile == 3 * row + column).all())
-
-
 if __name__ == "__main__":
     unittest.main()

@@ -14,7 +14,7 @@ import sys
 import unittest
 from unittest import mock
 
-from common import ROOT, Folder, run_here, run_python, vocabulary_folder
+from common import ROOT, WorkingFolder, run_here, run_python, vocabulary_folder
 
 PROJECTS = ROOT / "projects"
 # All that a user starts with arguments.
@@ -65,7 +65,7 @@ def load(name: str):
     return module
 
 
-class Projects(Folder):
+class Projects(WorkingFolder):
     def setUp(self):
         super().setUp()
         environment = dict(MINGPT_TRACEBACK="", MINGPT_CACHE=str(vocabulary_folder()))
