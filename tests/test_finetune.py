@@ -106,25 +106,10 @@ class Finetune(WorkingFolder):
         self.assertEqual(printed.count("the model is in"), 1)
         GPT.from_pretrained("out/finetune/model")
 
-    def test_what_is_refused(self):
-        (self.folder / "short.txt").write_text("short of text")
-        for message, *args in (
-            ("expected the name of a text file", "--data.path="),
-            ("short.txt has 13 characters, expected about 170 or more", "--data.path=short.txt"),
-            ("tiny has only 32 positions", "--data.block_size=64"),
-            ("last_blocks=4, expected 0 to 3", "--model.last_blocks=4"),
-            ("there is no model in", "--model.name=", "--system.mode=sample"),
-        ):
-            with self.subTest(args):
-                status, _, errors = run_here(finetune.main, *SHORT, *args)
-                self.assertEqual(status, 2)
-                self.assertRegex(errors, "^error: .*" + message)
-        self.assertFalse((self.folder / "out").exists())
-
-    def load(self, **changes) -> GPT:
+    def load(self, block_size: int = 16, **changes) -> GPT:
         config = finetune.get_config()
         config.model.name = "tiny"
-        config.data.block_size = 16
+        config.data.block_size = block_size
         config.model.merge_from_dict(changes)
         return finetune.load_model(config)[0]
 
@@ -133,6 +118,12 @@ class Finetune(WorkingFolder):
         self.assertEqual(model.transformer.drop.p, 0.3)
         idx = torch.randint(259, (2, 16))
         torch.testing.assert_close(model.eval()(idx)[0], self.start(idx)[0][..., :259])
+
+    def test_what_a_model_does_not_have_is_refused(self):
+        with self.assertRaisesRegex(ValueError, "tiny has only 32 positions"):
+            self.load(block_size=64)
+        with self.assertRaisesRegex(ValueError, "last_blocks=4, expected 0 to 3"):
+            self.load(last_blocks=4)
 
     def test_last_blocks_alone_are_trained(self):
         blocks = ["h.0", "h.1", "h.2"]

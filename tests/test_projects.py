@@ -49,10 +49,28 @@ RUNS = [  # a script, its settings, and what it prints; later runs find the file
     ("finetune/austen/novels.py", "in.txt novels.txt", "1 chapters"),
     ("bpe/train_bpe.py", "--data.path=in.txt --data.vocab_size=260", "characters.png are in"),
 ]
-MISTAKES = {  # of the scripts whose arguments are no settings
-    "plot.py": "nothing.jsonl", "adder/inside.py": "nothing", "ladder/report.py": "nothing",
-    "bench/bench.py": "nothing", "finetune/austen/novels.py": "nothing.txt novels.txt",
-}
+MISTAKES = [  # a script, its settings, and what the line says
+    ("plot.py", "nothing.jsonl", "nothing.jsonl"),
+    ("adder/adder.py", "--data.ndigit=10", "got --data.ndigit=10, expected 1 to 9"),
+    ("adder/inside.py", "nothing", "there is no checkpoint at nothing"),
+    ("bench/bench.py", "nothing", "nothing"),
+    ("bpe/train_bpe.py", "--data.vocab_size=256", "expected 257 or more"),
+    ("chargpt/chargpt.py", "--data.path=Text8", "did you mean text8"),
+    ("chargpt/chargpt.py", "--data.path=same.txt", "1 distinct characters, expected two"),
+    ("chargpt/chargpt.py", "--data.path=in.txt --system.prompt=xyz", "the prompt has 'x', 'y'"),
+    ("chargpt/chargpt.py", "--system.mode=sample", "there is no model in ./out/chargpt; train"),
+    ("chat/chat.py", "--model=/nothing", "there is no folder '/nothing'"),
+    ("chat/chat.py", "--train=dialogs.txt --held_out=3", "got 3 dialogs .* expected at least one"),
+    ("finetune/finetune.py", "", "expected the name of a text file"),
+    ("finetune/finetune.py", "--data.path=same.txt --model.model_type=gpt-nano",
+     "same.txt has 99 characters, expected about .* or more"),
+    ("finetune/finetune.py", "--system.mode=sample", "there is no model in out/finetune/model"),
+    ("finetune/austen/novels.py", "nothing.txt novels.txt", "nothing.txt"),
+    ("ladder/ladder.py", "--system.rungs=legs", "got rungs='legs', expected some of .*four heads"),
+    ("ladder/report.py", "nothing", "there are no results in nothing"),
+    ("pixels/pixels.py", "--no.such=1", "there is no setting --no.such"),
+    ("reinforce/reinforce.py", "--trainer.samples=x", "takes a value of type int"),
+]
 
 
 def load(name: str):
@@ -70,6 +88,9 @@ class Projects(WorkingFolder):
         super().setUp()
         environment = dict(MINGPT_TRACEBACK="", MINGPT_CACHE=str(vocabulary_folder()))
         self.patch(mock.patch.dict(os.environ, environment))
+        (self.folder / "in.txt").write_text("one two three\n" * 400, encoding="utf-8")
+        (self.folder / "same.txt").write_text("a" * 99, encoding="utf-8")
+        (self.folder / "dialogs.txt").write_text("ping\npong\n\n" * 3, encoding="utf-8")
 
     def test_help_names_every_setting(self):
         for name in SCRIPTS:
@@ -82,13 +103,13 @@ class Projects(WorkingFolder):
                         self.assertIn(f"  --{field}=", printed)
 
     def test_a_mistake_is_one_line_and_nothing_is_begun(self):
-        for name in SCRIPTS:
-            with self.subTest(name):
-                arguments = MISTAKES.get(name, "--no.such=1").split()
-                status, printed, errors = run_here(load(name).main, *arguments)
+        before = sorted(self.folder.iterdir())
+        for name, settings, message in MISTAKES:
+            with self.subTest(name, settings=settings):
+                status, printed, errors = run_here(load(name).main, *settings.split())
                 self.assertEqual((status, printed, errors.count("\n")), (2, "", 1), errors)
-                self.assertRegex(errors, "^error: ")
-                self.assertEqual(list(self.folder.iterdir()), [])
+                self.assertRegex(errors, f"^error: .*{message}")
+                self.assertEqual(sorted(self.folder.iterdir()), before)
 
     def test_each_says_how_it_is_run(self):
         for name in SCRIPTS:
@@ -96,8 +117,6 @@ class Projects(WorkingFolder):
             self.assertIn(f"    python projects/{name}", docstring)
 
     def test_a_run_at_toy_size_ends_well(self):
-        (self.folder / "in.txt").write_text("one two three\n" * 400, encoding="utf-8")
-        (self.folder / "dialogs.txt").write_text("ping\npong\n\n" * 3, encoding="utf-8")
         for name, settings, expected in RUNS:
             stdin = mock.patch("sys.stdin", io.StringIO("ping\n"))
             level = mock.patch.object(logging.getLogger("mingpt"), "level", logging.INFO)
@@ -110,9 +129,10 @@ class Projects(WorkingFolder):
             picture = (self.folder / "out" / f"{path}.png").read_bytes()
             self.assertTrue(picture.startswith(b"\x89PNG"))
 
-    def test_every_script_has_a_toy_run(self):
-        # The bench has its own, in its own file.
+    def test_every_script_is_in_both_tables(self):
+        # The toy run of the bench is in its own file.
         self.assertEqual({name for name, *_ in RUNS} | {"bench/bench.py"}, set(SCRIPTS))
+        self.assertEqual({name for name, *_ in MISTAKES}, set(SCRIPTS))
 
     def test_a_real_start_from_another_folder(self):
         script = PROJECTS / "adder" / "adder.py"
