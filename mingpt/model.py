@@ -146,8 +146,11 @@ class CausalSelfAttention(nn.Module):
             super().register_buffer(name, tensor, persistent)
 
 
-class MLP(nn.Module):
-    """Lets each token process what it has collected, in two layers."""
+class MLP(nn.ModuleDict):
+    """Lets each token process what it has collected, in two layers.
+
+    It is a dictionary, as in minGPT: mlp["act"] is mlp.act.
+    """
 
     def __init__(self, config: CN):
         super().__init__()
