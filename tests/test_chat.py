@@ -1,14 +1,9 @@
-"""projects/chat: dialogs as tokens, answers, commands, Ctrl-C in a terminal."""
+"""projects/chat: dialogs as tokens, answers, commands."""
 
 import io
 import itertools
-import os
 import re
-import select
-import signal
-import subprocess
 import sys
-import time
 import unittest
 from unittest import mock
 
@@ -140,6 +135,23 @@ class Talk(WorkingFolder):
             "questions and answers left: 0", "a" * 20,
             "it has 21 tokens, expected at most 20; shorten it"])
 
+    def test_ctrl_c_stops_an_answer_and_gives_up_a_line(self):
+        save_parrot("x" * 9)
+
+        def answer(*args):
+            yield "so fa"
+            yield "r"
+            raise KeyboardInterrupt
+
+        lines = ["hi", KeyboardInterrupt, "/save d.txt", EOFError]
+        terminal = mock.Mock(isatty=lambda: True)
+        with (mock.patch.object(chat, "answer", answer), mock.patch("sys.stdin", terminal),
+              mock.patch("builtins.input", side_effect=lines)):
+            status, printed, errors = run_here(chat.main, "--model=parrot")
+        self.assertEqual((status, errors), (0, ""))
+        self.assertEqual(printed, "/help shows the commands\nbot: so far\n\nsaved in d.txt\n\n")
+        self.assertEqual(chat.read_dialogs("d.txt"), [["hi", "so far"]])
+
     def test_rows_without_a_token_are_never_said(self):
         model = tiny_gpt(vocab_size=300, block_size=64)
         with torch.no_grad():
@@ -157,60 +169,6 @@ class Talk(WorkingFolder):
             status, printed, errors = run_here(chat.main, *args)
             self.assertEqual((status, printed), (2, ""))
             self.assertRegex(errors, f"^error: .*{message}")
-
-
-@unittest.skipIf(os.name == "nt", "needs a pseudo-terminal")
-class Terminal(WorkingFolder):
-    def test_ctrl_c_stops_the_answer_and_gives_up_a_line(self):
-        import fcntl
-        import pty
-        import termios
-        save_parrot("a" * 20_000)
-        outer, inner = pty.openpty()
-        self.addCleanup(os.close, outer)
-
-        def own_terminal():
-            # Ctrl-C is a signal there, which a run of the tests in the background may ignore.
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-        environment = {"PYTHONPATH": str(ROOT), "TERM": "dumb"}
-        command = [sys.executable, CHAT / "chat.py", "--model=parrot", "--max_new_tokens=20000"]
-        process = subprocess.Popen(
-            command, env=os.environ | environment, stdin=inner, stdout=inner, stderr=inner,
-            start_new_session=True, preexec_fn=own_terminal)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        os.close(inner)
-
-        def see(pattern: str) -> str:
-            """Waits until the terminal shows this; returns all that is new on it."""
-            shown = ""
-            while not re.search(pattern, shown, re.DOTALL):
-                if not select.select([outer], [], [], 60)[0]:
-                    raise AssertionError(f"waited for {pattern!r}, saw {shown!r}")
-                shown += os.read(outer, 4096).decode()
-            return shown
-
-        see("you: ")
-        os.write(outer, b"hi\n")
-        see("bot: aaa")
-        os.write(outer, b"\x03")
-        self.assertLess(see("you: ").count("a"), 9_900)
-        os.write(outer, b"/save d.txt\n")
-        see("saved in d.txt.*you: ")
-        # The answer is what was said so far.
-        self.assertRegex((self.folder / "d.txt").read_text(), r"^hi\na+\n\n$")
-        os.write(outer, b"half a li")
-        see("half a li")
-        # Python waits for a key again: a signal before that is seen only with the next key.
-        time.sleep(0.2)
-        os.write(outer, b"\x03")
-        see("you: ")
-        os.write(outer, b"/undo\n")
-        see("left: 0.*you: ")
-        os.write(outer, b"\x04")
-        self.assertEqual(process.wait(60), 0)
 
 
 if __name__ == "__main__":
