@@ -250,11 +250,11 @@ class WorkingFolder(Folder):
 
 
 class Server(Folder):
-    """A test with a web server on this machine.
+    """A test with a web server on this machine, which keeps the `requests` that it gets.
 
-    A test fills `files`: path -> list of answers, used in turn, the last one for ever. An answer is
-    a dictionary: body, and optionally status, headers, send (how many bytes go out before the line
-    breaks) and hang (seconds). `requests` lists the (path, Range header) of every request.
+    A test fills `files`: path -> list of answers, used in turn, the last one for ever. An answer
+    is a dictionary: body, and optionally status, hang (seconds before the body) and send (how
+    many bytes of it go out before the line breaks).
     """
 
     def setUp(self):
@@ -265,21 +265,12 @@ class Server(Folder):
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                test.requests.append((self.path, self.headers.get("Range")))
+                test.requests.append(self.path)
                 answers = test.files.get(self.path, [dict(status=404, body=b"no such file")])
                 answer = answers.pop(0) if len(answers) > 1 else answers[0]
                 body = answer["body"]
-                status = answer.get("status", 200)
-
-                begin = self.headers.get("Range")
-                if begin and status == 200 and answer.get("ranges", True):
-                    start = int(begin.removeprefix("bytes=").removesuffix("-"))
-                    status, body = (206, body[start:]) if start < len(body) else (416, b"")
-
-                self.send_response(status)
-                headers = {"Content-Length": str(len(body)), **answer.get("headers", {})}
-                for name, value in headers.items():
-                    self.send_header(name, value)
+                self.send_response(answer.get("status", 200))
+                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 test.released.wait(answer.get("hang", 0))
                 with contextlib.suppress(ConnectionError):
