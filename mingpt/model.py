@@ -79,8 +79,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Maps (B, T, C) to (B, T, C). With a cache, x follows the tokens it holds."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # three of (B, nh, T, hs)
+        q, k, v = self.project(x, cache)  # three of (B, nh, T, hs)
 
         # A prompt needs the causal mask. A token that comes later, alone, may look at
         # all, since all others stand before it.
@@ -98,6 +97,16 @@ class CausalSelfAttention(nn.Module):
             y = self.attend(q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
+
+    def project(self, x: Tensor, cache: KVCache | None = None) -> tuple[Tensor, ...]:
+        """Computes query, key and value of each token: (B, T, C) -> three of (B, nh, T, hs).
+
+        A subclass may change them, by their positions for example: cache.length tokens
+        stand before x.
+        """
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
+        return qkv.permute(2, 0, 3, 1, 4).unbind()  # three of (B, nh, T, hs)
 
     def uses_kernel(self, dropout: nn.Module) -> bool:
         """Tells whether torch's kernel may stand for the formula."""

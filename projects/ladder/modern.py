@@ -37,30 +37,20 @@ class ModernAttention(CausalSelfAttention):
         angles = torch.arange(config.block_size)[:, None] * speed  # (block_size, hs / 2)
         self.register_buffer("angles", angles, persistent=False)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Maps (B, T, C) to (B, T, C). With a cache, x follows the tokens it holds."""
-        B, T, C = x.shape
-        past = 0 if cache is None else cache.length
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # three of (B, nh, T, hs)
+    def project(self, x: Tensor, cache: KVCache | None = None) -> tuple[Tensor, ...]:
+        """Computes query, key and value: (B, T, C) -> three of (B, nh, T, hs)."""
+        q, k, v = super().project(x)
         if self.qk_norm:
             # Query and key get a fixed length, so scores cannot grow without bound.
             # Henry et al. 2020, "Query-Key Normalization for Transformers".
             q = F.rms_norm(q, q.shape[-1:])
             k = F.rms_norm(k, k.shape[-1:])
         if self.rotary:
-            q = rotate(q, self.angles[past:past + T])
-            k = rotate(k, self.angles[past:past + T])
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, nh, past + T, hs)
-
-        if self.fused:
-            p = self.attn_dropout.p if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=past == 0)
-        else:
-            y = self.attend(q, k, v)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+            past = 0 if cache is None else cache.length
+            angles = self.angles[past:past + x.size(1)]  # (T, hs / 2)
+            q = rotate(q, angles)
+            k = rotate(k, angles)
+        return q, k, v
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
