@@ -187,7 +187,7 @@ def is_known(module: nn.Module) -> bool:
         return False
     if type(module) in TOKENWISE and "forward" not in vars(module):
         return True
-    for name in ("forward", "features", "mlpf", "attend", "project"):
+    for name in ("forward", "features", "mlpf", "attend", "compute_qkv"):
         method = getattr(module, name, None)
         is_own = getattr(method, "__globals__", {}).get("__name__") == "mingpt.model"
         if method is not None and not is_own and not takes_cache(method):

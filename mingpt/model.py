@@ -79,7 +79,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Maps (B, T, C) to (B, T, C). With a cache, x follows the tokens it holds."""
         B, T, C = x.shape
-        q, k, v = self.project(x, cache)  # three of (B, nh, T, hs)
+        q, k, v = self.compute_qkv(x, cache)  # three of (B, nh, T, hs)
 
         # A prompt needs the causal mask. A token that comes later, alone, may look at
         # all, since all others stand before it.
@@ -98,7 +98,7 @@ class CausalSelfAttention(nn.Module):
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
-    def project(self, x: Tensor, cache: KVCache | None = None) -> tuple[Tensor, ...]:
+    def compute_qkv(self, x: Tensor, cache: KVCache | None = None) -> tuple[Tensor, ...]:
         """Computes query, key and value of each token: (B, T, C) -> three of (B, nh, T, hs).
 
         A subclass may change them, by their positions for example: cache.length tokens
@@ -112,7 +112,7 @@ class CausalSelfAttention(nn.Module):
         """Tells whether torch's kernel may stand for the formula."""
         # The kernel does not call the dropout module, which may be replaced or watched.
         is_plain = type(dropout) in (Dropout, nn.Dropout) and "forward" not in vars(dropout)
-        is_own = type(self).attend is CausalSelfAttention.attend
+        is_own = getattr(self.attend, "__func__", None) is CausalSelfAttention.attend
         return self.fused and is_own and is_plain and not has_hooks(dropout)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

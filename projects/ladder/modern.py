@@ -37,9 +37,9 @@ class ModernAttention(CausalSelfAttention):
         angles = torch.arange(config.block_size)[:, None] * speed  # (block_size, hs / 2)
         self.register_buffer("angles", angles, persistent=False)
 
-    def project(self, x: Tensor, cache: KVCache | None = None) -> tuple[Tensor, ...]:
+    def compute_qkv(self, x: Tensor, cache: KVCache | None = None) -> tuple[Tensor, ...]:
         """Computes query, key and value: (B, T, C) -> three of (B, nh, T, hs)."""
-        q, k, v = super().project(x)
+        q, k, v = super().compute_qkv(x)
         if self.qk_norm:
             # Query and key get a fixed length, so scores cannot grow without bound.
             # Henry et al. 2020, "Query-Key Normalization for Transformers".
