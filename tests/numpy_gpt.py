@@ -1,12 +1,12 @@
 """
-GPT-2's forward pass in NumPy: what tests hold the library against, and a lesson of its own.
+GPT-2's forward pass in NumPy: the oracle of the tests, and a lesson of its own.
 
     from numpy_gpt import compute_logits
     logits = compute_logits(weights, [15496, 11], n_head=12)    # weights of OpenAI's gpt2
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3. The
 weights have OpenAI's names and layout: a layer's matrix is (in, out). There is one row of tokens
-and no batch. T tokens in the row, C channels, V vocabulary, nh heads, hs head size.
+and no batch. T tokens in the row, C channels, V vocabulary, nh heads, hs head size (C / nh).
 """
 
 import numpy as np
@@ -19,12 +19,12 @@ def softmax(x):
 
 
 def gelu(x):
-    """Hendrycks and Gimpel 2016, the tanh form."""
+    """Bends a number smoothly: the tanh form of Hendrycks and Gimpel 2016."""
     return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
 def layer_norm(x, w, name):
-    """Ba et al. 2016: each token gets mean 0 and variance 1, then a learned scale and shift."""
+    """Gives each token mean 0 and variance 1, then a learned scale and shift (Ba et al. 2016)."""
     x = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
     return x * w[name + ".weight"] + w[name + ".bias"]  # (T, C)
 
@@ -34,15 +34,17 @@ def linear(x, w, name):
 
 
 def attention(x, w, name, n_head):
-    """Vaswani et al. 2017: the value of each earlier token, weighted by how its key fits."""
+    """Collects the values of earlier tokens, as their keys fit (Vaswani et al. 2017)."""
     T, C = x.shape
+    hs = C // n_head
     q, k, v = np.split(linear(x, w, name + ".c_attn"), 3, axis=1)  # (T, 3C) -> three of (T, C)
-    heads = []
-    for q, k, v in zip(*(np.split(part, n_head, axis=1) for part in (q, k, v))):  # (T, hs) each
-        scores = q @ k.T / np.sqrt(C / n_head)  # (T, hs) @ (hs, T) -> (T, T)
+    collected = []
+    for i in range(n_head):
+        head = slice(i * hs, (i + 1) * hs)
+        scores = q[:, head] @ k[:, head].T / np.sqrt(hs)  # (T, hs) @ (hs, T) -> (T, T)
         scores[np.triu_indices(T, k=1)] = -np.inf
-        heads.append(softmax(scores) @ v)  # (T, T) @ (T, hs) -> (T, hs)
-    return linear(np.concatenate(heads, axis=1), w, name + ".c_proj")  # nh of (T, hs) -> (T, C)
+        collected.append(softmax(scores) @ v[:, head])  # (T, T) @ (T, hs) -> (T, hs)
+    return linear(np.concatenate(collected, axis=1), w, name + ".c_proj")  # nh of (T, hs) -> (T, C)
 
 
 def compute_logits(weights, tokens, n_head):
@@ -67,8 +69,8 @@ def openai_layout(model):
     """Returns the weights of a GPT of this library as OpenAI names and stores them."""
     weights = {}
     for name, tensor in model.state_dict().items():
-        # torch stores the matrix of a layer as (out, in).
-        is_layer = ".h." in name and tensor.dim() == 2
         array = tensor.double().numpy()
+        # torch stores the matrix of a layer as (out, in).
+        is_layer = ".h." in name and array.ndim == 2
         weights[name.removeprefix("transformer.")] = array.T if is_layer else array
     return weights
