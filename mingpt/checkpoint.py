@@ -14,6 +14,7 @@ A checkpoint is a dictionary:
     config                  settings of the run
 """
 
+import contextlib
 import json
 import math
 import random
@@ -165,10 +166,12 @@ def set_aside(folder: Path) -> None:
 
 
 def keep_rows(path: Path, steps: int) -> None:
-    """Drops from metrics.jsonl the rows after this many steps, and a last row that is cut."""
+    """Drops from metrics.jsonl the rows after this many steps, and rows that a crash has cut."""
     if path.exists():
-        lines = path.read_bytes().splitlines(keepends=True)
+        kept = []
+        for line in path.read_bytes().splitlines(keepends=True):
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                if line.endswith(b"\n") and json.loads(line)["iteration"] <= steps:
+                    kept.append(line)
         with replacing(path) as part:
-            part.write_bytes(b"".join(
-                line for line in lines
-                if line.endswith(b"\n") and json.loads(line)["iteration"] <= steps))
+            part.write_bytes(b"".join(kept))

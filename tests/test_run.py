@@ -397,9 +397,9 @@ class Resume(Folder):
         expected = read_metrics(self.folder, *TIMES)
         with self.assertRaises(ZeroDivisionError):
             run(crash_at=4)
-        # The kill came in the middle of a row.
+        # A disk was full for a moment, and the kill came in the middle of a row.
         with open(self.folder / "metrics.jsonl", "ab") as file:
-            file.write(b'{"iteration": 3, "spl')
+            file.write(b'{"iteration": 3, "sp{"iteration": 3}\n{"iteration": 3, "spl')
         run(resume=True)
         self.assertEqual(read_metrics(self.folder, *TIMES), expected)
 
