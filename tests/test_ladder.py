@@ -8,7 +8,7 @@ import unittest
 import numpy as np
 import torch
 
-from common import ROOT, Folder, run_here, tiny_config
+from common import ROOT, Folder, tiny_config
 from mingpt.generation import can_cache
 from mingpt.model import GPT
 
@@ -154,32 +154,7 @@ class Modern(unittest.TestCase):
                 self.assertTrue(torch.equal(with_cache, model.generate(idx, T, use_cache=False)))
 
 
-class Climb(Folder):
-    def climb(self, *args) -> tuple[list[dict], str]:
-        """Returns the rows that were written, and what was printed."""
-        (self.folder / "in.txt").write_text('the "def" of 2024\n' * 80, encoding="utf-8")
-        status, printed, errors = run_here(
-            ladder.main, f"--data.path={self.folder}/in.txt", f"--system.work_dir={self.folder}",
-            "--model.n_layer=1", "--model.n_embd=8", "--model.block_size=8",
-            "--trainer.max_iters=3", *args)
-        self.assertEqual((status, errors), (0, ""))
-        lines = (self.folder / "seed-3407.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines], printed
-
-    def test_all_rungs_then_the_table(self):
-        rows, printed = self.climb("--system.seconds=0")
-        self.assertEqual([row["rung"] for row in rows], [rung.name for rung in ladder.RUNGS])
-        for row in rows:
-            self.assertEqual(len(row["sample"]), 120)
-            self.assertIn(f"{row['rung']}: loss {row['loss']:.4f}", printed)
-        table = report.format_table(report.read_results(self.folder))
-        self.assertTrue(printed.endswith(table + "\n"))
-
-    def test_the_same_seconds(self):
-        rungs = "counted pairs,four heads,ModernGPT without rotary"
-        rows, _ = self.climb(f"--system.rungs={rungs}", "--system.seconds=0.002")
-        self.assertEqual(["loss_in_time" in row for row in rows], [False, True, False])
-
+class Report(Folder):
     def test_the_table_has_medians_gains_and_noise_and_of_equal_seeds_the_last(self):
         for seed, loss in ((1, 9.0), (1, 2.0), (2, 2.2), (3, 2.1)):
             rows = [dict(rung="a", loss=loss), dict(rung="b", loss=loss - 0.5),
