@@ -132,7 +132,7 @@ class Inside(unittest.TestCase):
         for share, rows in ((shares[0], first), (shares[-1], second)):
             written = model(rows[:, :5])[0][:, -1].argmax(-1)
             expected = (written == second[:, 5]).float().mean()
-            self.assertAlmostEqual(share, float(expected), delta=0.01)
+            self.assertAlmostEqual(share, float(expected), delta=1e-3)
 
 
 if __name__ == "__main__":

@@ -44,11 +44,11 @@ class Pictures(unittest.TestCase):
         pictures, _ = pixels.load_pictures(validation=False)
         first = set()
         for way, move in enumerate(pixels.MOVES):
-            x, y = pixels.to_tokens(pictures[:2], np.array([0, 9]), way)
-            self.assertEqual(y.tolist(), pixels.move(pictures[:2], *move).tolist())
+            x, y = pixels.to_tokens(pictures[:3], np.array([0, 1, 9]), way)
+            self.assertEqual(y.tolist(), pixels.move(pictures[:3], *move).tolist())
             self.assertTrue(torch.equal(x[:, 1:], y[:, :-1]))
             first.update(x[:, 0].tolist())
-        self.assertEqual(len(first), 2 * len(pixels.MOVES))
+        self.assertEqual(len(first), 3 * len(pixels.MOVES))
         self.assertGreaterEqual(min(first), pixels.GREYS)
 
     def test_help_needs_no_scikit_learn(self):

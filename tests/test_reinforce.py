@@ -43,7 +43,8 @@ class Gradient(unittest.TestCase):
             x, y = dataset.__getitems__([3, 70])
             truth = y[:, 1:]  # (2, 2)
             # Of three sums each, two are right for the first problem, none for the second.
-            written = torch.stack((truth[0], truth[0], truth[0] ^ 1, *[truth[1] ^ 1] * 3))
+            one_wrong = truth ^ torch.tensor([0, 1])
+            written = torch.stack((truth[0], truth[0], one_wrong[0], *[one_wrong[1]] * 3))
             found = gradient(run, x, y, written)
 
             expected = torch.zeros_like(found)
