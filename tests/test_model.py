@@ -164,20 +164,20 @@ class Attention(unittest.TestCase):
 
 class Config(unittest.TestCase):
     def test_presets(self):
-        counts = {}
+        said = {}
         for name, sizes in PRESETS.items():
             config = GPT.get_default_config()
             config.model_type = name
             config.vocab_size = 50257
             config.block_size = 1024
-            with torch.device("meta"):
+            with torch.device("meta"), self.assertLogs("mingpt", "INFO") as logged:
                 model = GPT(config)
             parts = model.transformer
             made = (len(parts.h), parts.h[0].attn.n_head, parts.wte.embedding_dim)
             self.assertEqual(made, sizes)
-            counts[name] = sum(p.numel() for p in parts.parameters())
-        # OpenAI's checkpoint holds as many. The head is counted by neither.
-        self.assertEqual(counts["gpt2"], 124_439_808)
+            said[name] = logged.output[-1]
+        # OpenAI's checkpoint holds as many. A head of its own is not counted.
+        self.assertIn("number of parameters: 124.44M", said["gpt2"])
 
     def test_mistakes_are_named_and_change_nothing(self):
         for changes, message in (
@@ -189,7 +189,6 @@ class Config(unittest.TestCase):
             (dict(n_head=None), "n_head=None, .*model_type"),
             (dict(n_embd=10, n_head=3), "n_embd=10, expected a multiple of n_head=3"),
             (dict(embd_pdrop=1.5), "embd_pdrop=1.5, expected a share"),
-            (dict(attn_pdrop=-0.1), "attn_pdrop=-0.1"),
             (dict(resid_pdrop=math.nan), "resid_pdrop=nan"),
         ):
             config = tiny_config(**changes)
@@ -261,13 +260,12 @@ class Model(unittest.TestCase):
             state = saved.state_dict()
             if not has_head:
                 del state["lm_head.weight"]
-            names = list(state)
             with (self.subTest(saved_tie=saved_tie, has_head=has_head, tie=tie),
                   self.assertLogs("mingpt", "INFO") as logged):
                 model = GPT(tiny_config(tie_weights=tie)).eval()
                 model.load_state_dict(state)
                 self.assertTrue(torch.equal(model(self.idx)[0], saved(self.idx)[0]))
-                self.assertEqual(list(state), names)
+                self.assertEqual("lm_head.weight" in state, has_head)
                 # Only a head of its own unties the model, and the log says so.
                 self.assertEqual(model.is_tied, tie and saved_tie)
                 self.assertEqual(model.config.tie_weights, tie and saved_tie)
@@ -296,7 +294,7 @@ class Model(unittest.TestCase):
 
 
 def plain_probs(logits: list, temperature: float, top_k: int | None, top_p: float | None) -> list:
-    """Computes what logits_to_probs does, for one row, token by token."""
+    """Computes logits_to_probs for one row, token by token."""
     weights = [math.exp(logit / temperature) for logit in logits]
     likeliest = sorted(range(len(logits)), key=lambda i: -weights[i])[:top_k]
     total = sum(weights[i] for i in likeliest)
@@ -395,11 +393,10 @@ class Generate(unittest.TestCase):
         idx = torch.randint(11, (4, 2))
         free = self.model.generate(idx, 20)[:, 2:].tolist()
         stop = free[0][4]
-        rows = [row[:row.index(stop) + 1] if stop in row else row for row in free]
-        length = max(map(len, rows))
-        expected = [row + [stop] * (length - len(row)) for row in rows]
-        written = self.model.generate(idx, 20, stop_token=stop)
-        self.assertEqual(written[:, 2:].tolist(), expected)
+        rows = [row[:row.index(stop)] if stop in row else row for row in free]
+        written = self.model.generate(idx, 20, stop_token=stop)[:, 2:].tolist()
+        length = min(20, max(map(len, rows)) + 1)
+        self.assertEqual(written, [row + [stop] * (length - len(row)) for row in rows])
 
     def test_modes_are_put_back_and_written_tokens_can_be_trained_on(self):
         self.model.train()
@@ -426,6 +423,7 @@ class Generate(unittest.TestCase):
         expected = [self.model.generate(prompt, 12).tolist() for prompt in prompts]
         # With dropout, each of them would go wrong.
         self.model.train()
+        # In each turn, every stream gives one token.
         turns = list(zip(*(self.model.stream(prompt, 12) for prompt in prompts)))
         for i, tokens in enumerate(zip(*turns)):
             self.assertEqual(torch.cat(tokens).tolist(), expected[i][0][3:])
@@ -465,25 +463,27 @@ class Generate(unittest.TestCase):
                     method(prompt, **settings)
 
 
+def names_in(groups, model) -> list[str]:
+    """Returns the sorted names of the parameters in an optimizer's groups."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return sorted(names[id(parameter)] for group in groups for parameter in group["params"])
+
+
 class Optimizer(unittest.TestCase):
     def setUp(self):
         self.config = Trainer.get_default_config()
-
-    def names(self, model, groups) -> list[str]:
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        return sorted(names[id(parameter)] for group in groups for parameter in group["params"])
 
     def test_two_groups_hold_every_parameter_once(self):
         for tie in (True, False):
             model = tiny_gpt(tie_weights=tie)
             decayed, free = model.configure_optimizers(self.config).param_groups
             every = sorted(dict(model.named_parameters()))
-            self.assertEqual(self.names(model, [decayed, free]), every)
+            self.assertEqual(names_in([decayed, free], model), every)
             self.assertEqual((decayed["weight_decay"], free["weight_decay"]), (0.1, 0.0))
             matrices = [name for name in every if ".c_" in name and name.endswith("weight")]
             if not tie:
                 matrices.insert(0, "lm_head.weight")
-            self.assertEqual(self.names(model, [decayed]), matrices)
+            self.assertEqual(names_in([decayed], model), matrices)
 
     def test_muon_takes_the_matrices_of_the_blocks_never_the_head(self):
         self.config.optimizer = "muon"
@@ -492,16 +492,11 @@ class Optimizer(unittest.TestCase):
         optimizer = model.configure_optimizers(self.config)
         self.assertIsInstance(optimizer, torch.optim.Optimizer)
         every = sorted(dict(model.named_parameters()))
-        self.assertEqual(self.names(model, optimizer.param_groups), every)
+        self.assertEqual(names_in(optimizer.param_groups, model), every)
         by_muon = [group for group in optimizer.param_groups if "momentum" in group]
         matrices = [name for name in every if ".c_" in name and name.endswith("weight")]
-        self.assertEqual(self.names(model, by_muon), matrices)
+        self.assertEqual(names_in(by_muon, model), matrices)
         self.assertEqual({group["momentum"] for group in by_muon}, {0.7})
-
-    def test_an_unknown_one_is_refused(self):
-        self.config.optimizer = "sgd"
-        with self.assertRaisesRegex(ValueError, "optimizer='sgd'"):
-            tiny_gpt().configure_optimizers(self.config)
 
 
 if __name__ == "__main__":
