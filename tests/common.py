@@ -29,6 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from mingpt import bpe
 from mingpt.model import GPT
 from mingpt.utils import run_script
 
@@ -70,7 +71,6 @@ def vocabulary_folder() -> Path:
 
 def get_encoder():
     """Returns mingpt's GPT-2 encoder, without a network."""
-    from mingpt import bpe
     with mock.patch.dict(os.environ, MINGPT_CACHE=str(vocabulary_folder())):
         return bpe.get_encoder()
 
@@ -99,7 +99,7 @@ def run_python(*args, cwd=None, check=True, **environment) -> subprocess.Complet
 
 def run_here(main: Callable, *args) -> tuple[int, str, str]:
     """Runs the main of a script in this process; returns its exit status, stdout and stderr."""
-    printed = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    printed = io.StringIO()
     errors = io.StringIO()
     argv = mock.patch.object(sys, "argv", [f"{main.__module__}.py", *map(str, args)])
     status = 0
@@ -112,8 +112,7 @@ def run_here(main: Callable, *args) -> tuple[int, str, str]:
         except SystemExit as left:
             status = left.code
     close_log()
-    printed.flush()
-    return status, printed.buffer.getvalue().decode("utf-8"), errors.getvalue()
+    return status, printed.getvalue(), errors.getvalue()
 
 
 def _be_a_script(main: Callable, args: list[str], output: str, environment: dict) -> None:
@@ -192,9 +191,9 @@ class Script:
         """Returns all that the children have written so far."""
         return Path(self.output).read_text(encoding="utf-8", errors="replace")
 
-    def wait_for(self, text: str, seconds: float = 120) -> None:
+    def wait_for(self, text: str) -> None:
         """Waits until the children have written a text."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + 120
         while text not in self.printed():
             if time.monotonic() > end or not any(child.is_alive() for child in self.children):
                 raise AssertionError(f"no {text!r} in:\n{self.printed()[-3000:]}")
