@@ -118,17 +118,14 @@ class Scripts(unittest.TestCase):
         self.assertIsNot(model.lm_head.weight, model.transformer.wte.weight)
 
     def test_the_config_is_completed_and_builds_a_second_model(self):
-        for model_type, sizes in (("gpt-nano", (3, 3, 48)), (None, (1, 2, 8))):
-            config = GPT.get_default_config()
-            config.model_type = model_type
-            config.vocab_size = 11
-            config.block_size = 8
-            if model_type is None:
-                config.n_layer, config.n_head, config.n_embd = sizes
-            expected = vars(config) | dict(zip(("n_layer", "n_head", "n_embd"), sizes))
-            first = GPT(config)
-            self.assertEqual(vars(config), expected)
-            self.assertEqual(vars(GPT(config).config), vars(first.config))
+        config = GPT.get_default_config()
+        config.model_type = "gpt-nano"
+        config.vocab_size = 11
+        config.block_size = 8
+        expected = vars(config) | dict(n_layer=3, n_head=3, n_embd=48)
+        first = GPT(config)
+        self.assertEqual(vars(config), expected)
+        self.assertEqual(vars(GPT(config).config), vars(first.config))
 
     def test_settings_may_be_any_object_with_minGPTs_fields(self):
         class Sizes:
@@ -219,27 +216,27 @@ class Subclasses(WithModel):
                 return logits, F.cross_entropy(logits, targets)
 
         x = torch.randint(3, (12, 5))
-        trainer = make_trainer(Classifier(tiny_config()), TensorDataset(x, x[:, 0]), max_iters=50,
+        trainer = make_trainer(Classifier(tiny_config()), TensorDataset(x, x[:, 0]), max_iters=60,
                                batch_size=12, learning_rate=1e-2)
         trainer.run()
         # To know nothing costs 1.1 nats.
-        self.assertLess(trainer.loss.item(), 0.3)
+        self.assertLess(trainer.loss.item(), 0.7)
 
-    def test_a_forward_over_the_parts_in_a_model_without_wte(self):
-        class Vectors(GPT):
+    def test_a_forward_over_parts_with_other_names(self):
+        class Renamed(GPT):
             def __init__(self, config):
                 super().__init__(config)
-                self.embed = self.transformer["wte"]
-                del self.transformer["wte"]
+                self.embed = self.transformer.pop("wte")
+                self.blocks = self.transformer.pop("h")
 
             def forward(self, idx, targets=None):
                 pos = torch.arange(idx.size(1)).unsqueeze(0)  # (1, T)
                 x = self.transformer.drop(self.embed(idx) + self.transformer.wpe(pos))
-                for block in self.transformer.h:
+                for block in self.blocks:
                     x = block(x)
                 return self.lm_head(self.transformer.ln_f(x)), None
 
-        model = Vectors(tiny_config())
+        model = Renamed(tiny_config())
         self.assertEqual(model.generate(torch.tensor([[1, 2]]), 3).shape, (1, 5))
         model.configure_optimizers(Trainer.get_default_config())
 
@@ -418,13 +415,13 @@ class Shifting(nn.Linear):
         return super().forward(shift(x))
 
 
-def patched(width) -> nn.Linear:
+def patched_linear(width) -> nn.Linear:
     layer = nn.Linear(width, width)
     layer.forward = lambda x: F.linear(shift(x), layer.weight, layer.bias)
     return layer
 
 
-def hooked(width) -> nn.Linear:
+def hooked_linear(width) -> nn.Linear:
     layer = nn.Linear(width, width)
     layer.register_forward_pre_hook(lambda module, args: shift(args[0]))
     return layer
@@ -432,8 +429,8 @@ def hooked(width) -> nn.Linear:
 
 STRANGE_PARTS = {
     "subclass": lambda width: Shifting(width, width),
-    "patched": patched,
-    "hooked": hooked,
+    "patched": patched_linear,
+    "hooked": hooked_linear,
     "recurrent": Recurrent,
     "softmax over time": lambda width: nn.Softmax(dim=1),
     "tokenwise": lambda width: nn.Sequential(nn.Linear(width, width), nn.GELU()),
@@ -481,11 +478,15 @@ class Generation(WithModel):
             def forward(self, idx, targets=None):
                 return add_up(idx)
 
+        class Called(GPT):
+            def __call__(self, idx, targets=None):
+                return add_up(idx)
+
         patched = tiny_gpt()
         patched.forward = add_up
         hooked = tiny_gpt()
         hooked.register_forward_hook(lambda module, args, output: add_up(args[0]))
-        for model in (Adder(tiny_config()), patched, hooked):
+        for model in (Adder(tiny_config()), Called(tiny_config()), patched, hooked):
             self.assertEqual(model.generate(torch.tensor([[1, 2, 0]]), 4).tolist(),
                              [[1, 2, 0, 3, 6, 1, 2]])
 
