@@ -52,7 +52,7 @@ class Rungs(unittest.TestCase):
                 self.assertIsNone(model(idx)[1])
 
     def test_how_far_back_each_looks_and_none_looks_ahead(self):
-        reach = {"counted pairs": 1, "pairs by gradient": 1, "MLP over 8 characters": 8}
+        reach = {"counted pairs": 1, "pairs by gradient": 1, "last 8 characters": 8}
         idx = torch.randint(V, (1, T))
         place = 5
         changed = idx.clone()

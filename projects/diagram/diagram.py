@@ -144,8 +144,8 @@ def draw_block(pen: Pen) -> None:
         (47.5, "weights · value", "(B, nh, T, hs)"),
         (42, "c_proj: heads to channels", "(B, T, C)"),
     ))
-    pen.write(66, 60.9, "mask: a later token", 8.5, "shape", ha="left")
-    pen.write(66, 57.9, "gets the score −∞", 8.5, "shape", ha="left")
+    pen.write(66, 60.9, "mask: a token (row) looks", 8.5, "shape", ha="left")
+    pen.write(66, 57.9, "at blue; all else gets −∞", 8.5, "shape", ha="left")
     draw_mask(pen, 96, 63.6)
     draw_part(pen, x, 5, 28, "mlp", "MLP: work on what was collected", (
         (25, "LayerNorm ln_2", "(B, T, C)"),
@@ -177,7 +177,7 @@ def draw(colours: dict[str, str], path: Path) -> None:
     pen = Pen(axes, colours)
     draw_model(pen)
     draw_block(pen)
-    letters = "B rows · T tokens · C channels · V tokens in the vocabulary · nh heads · hs = C / nh"
+    letters = "B batch · T time (tokens) · C channels · V vocabulary · nh heads · hs = C / nh"
     pen.write(59.5, -5.5, letters, 9, "shape")
     figure.savefig(path, transparent=True, bbox_inches="tight", pad_inches=0.05, metadata=METADATA)
     plt.close(figure)

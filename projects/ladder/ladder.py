@@ -111,10 +111,7 @@ class Mean(nn.Module):
 
 
 class Attention(nn.Module):
-    """Gives each character a weighted mean of the past, with weights that it chooses itself.
-
-    Its query is compared with every key; the paper is Vaswani et al. 2017.
-    """
+    """Gives each character a mean of the past with weights that it chooses (Vaswani et al. 2017)."""
 
     def __init__(self, n_embd: int, n_head: int):
         super().__init__()
@@ -191,12 +188,16 @@ def without(part: str) -> Rung:
     return Rung(f"ModernGPT without {part}", make, 1e-2, "muon", "ModernGPT")
 
 
+def one_layer_gpt(config: CfgNode) -> nn.Module:
+    return GPT(CfgNode(**vars(config) | {"n_layer": 1}))
+
+
 FOUR_HEADS = partial(Attention, n_head=4)
 # Each learning rate is the best of several on tiny Shakespeare: see log.md.
 RUNGS = [
     Rung("counted pairs", lambda c: Pairs(c.vocab_size), 0.0),
     Rung("pairs by gradient", lambda c: Pairs(c.vocab_size), 1e-1),
-    Rung("MLP over 8 characters", lambda c: LastEight(c.vocab_size, c.n_embd), 1e-2),
+    Rung("last 8 characters", lambda c: LastEight(c.vocab_size, c.n_embd), 1e-2),
     Rung("mean of the past", one_layer(Mean), 1e-2),
     Rung("one head of attention", one_layer(partial(Attention, n_head=1)), 1e-2),
     Rung("four heads", one_layer(FOUR_HEADS), 1e-2),
@@ -204,9 +205,9 @@ RUNGS = [
     Rung("+ residual stream", one_layer(FOUR_HEADS, mlp=True, residual=True), 1e-2),
     Rung("+ LayerNorm", one_layer(FOUR_HEADS, mlp=True, residual=True, norm=True), 1e-2),
     Rung("GPT", GPT, 6e-3),
+    Rung("one-layer GPT", one_layer_gpt, 6e-3, "adamw", "GPT"),
     Rung("GPT with Muon", GPT, 1e-2, "muon"),
-    Rung("one-layer GPT with Muon", lambda c: GPT(CfgNode(**vars(c) | {"n_layer": 1})), 1e-2,
-         "muon", "GPT with Muon"),
+    Rung("one-layer GPT with Muon", one_layer_gpt, 1e-2, "muon", "GPT with Muon"),
     Rung("ModernGPT", ModernGPT, 1e-2, "muon"),
     without("rotary"),
     without("rms_norm"),

@@ -36,7 +36,7 @@ def format_table(results: dict[str, list[dict]]) -> str:
     The gain is against the rung that a row names, or else the one before without such a
     name. Below 0.01 it is called noise: seeds differ by as much.
     """
-    lines = ["| rung | parameters | seconds | loss | gain | loss in the same seconds |",
+    lines = ["| rung | parameters | seconds | loss | gain | loss in the same time |",
              "|---|---|---|---|---|---|"]
     before = ""
     for name, rows in results.items():
@@ -79,9 +79,10 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
     figure = Figure(figsize=(8, 1.4 + 0.3 * sum(heights)), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=heights)
     draw_losses(above, rungs, results, "loss", "C0", "the same characters")
-    draw_losses(above, rungs, results, "loss_in_time", "C1", "the same seconds")
+    draw_losses(above, rungs, results, "loss_in_time", "C1", "the same time")
     draw_losses(below, variants, results, "loss", "C0", "the same characters")
     above.legend(title="a dot is a seed; each rung had", loc="lower right")
+    below.set_title("ModernGPT without its parts, on a finer scale", fontsize=10)
     for axes in (above, below):
         axes.set_xlabel("loss on the held-out text, nats per character (lower is better)")
     figure.savefig(path, dpi=110)
