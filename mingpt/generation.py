@@ -171,14 +171,15 @@ def can_cache(model: Any) -> bool:
     blocks = getattr(model.transformer, "h", None)
     if blocks is None or type(model).__call__ is not nn.Module.__call__:
         return False
-    parts = [model.forward, model.features]
+    parts = []
     for block in blocks:
         attention = getattr(block, "attn", block)
         # Attention by a mask of its own may look ahead.
         if getattr(attention, "_mask", None) is not None:
             return False
-        parts += [block.forward, attention.forward]
-    return all(map(takes_cache, parts)) and all(map(is_known, model.modules()))
+        parts += [block, attention]
+    takes_all = all(takes_cache(part.forward) for part in parts)
+    return takes_all and all(map(is_known, model.modules()))
 
 
 def is_known(module: nn.Module) -> bool:

@@ -79,7 +79,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Maps (B, T, C) to (B, T, C). With a cache, x follows the tokens it holds."""
         B, T, C = x.shape
-        q, k, v = self.compute_qkv(x, cache)  # three of (B, nh, T, hs)
+        qkv = self.compute_qkv(x) if cache is None else self.compute_qkv(x, cache)
+        q, k, v = qkv  # three of (B, nh, T, hs)
 
         # A prompt needs the causal mask. A token that comes later, alone, may look at
         # all, since all others stand before it.

@@ -109,6 +109,7 @@ class Scripts(unittest.TestCase):
                         block.attn.resid_dropout, block.mlp.dropout):
             self.assertIsInstance(dropout, nn.Dropout)
         self.assertIsInstance(block.mlp.act, NewGELU)
+        self.assertIs(block.mlp["act"], block.mlp.act)
         self.assertEqual((model.block_size, block.attn.n_head, block.attn.n_embd), (8, 2, 16))
         x = torch.randn(1, 3, 16)
         self.assertTrue(torch.equal(block.mlpf(x), block.mlp(x)))
@@ -316,11 +317,19 @@ class Blocks(WithModel):
             def attend(self, q, k, v):
                 return add_up(q, k, v)
 
+        class Reversed(CausalSelfAttention):
+            def compute_qkv(self, x):
+                """Gives the keys another order, which depends on how many there are."""
+                q, k, v = super().compute_qkv(x)
+                return q, k.flip(2), v
+
         subclassed = copy.deepcopy(self.model)
         subclassed.transformer.h[0].attn.__class__ = Sum
         patched = copy.deepcopy(self.model)
         patched.transformer.h[0].attn.attend = add_up
-        for model in (subclassed, patched):
+        other_keys = copy.deepcopy(self.model)
+        other_keys.transformer.h[0].attn.__class__ = Reversed
+        for model in (subclassed, patched, other_keys):
             self.assertNotEqual(greedy(model), greedy(self.model))
             self.check_generation(model)
 
