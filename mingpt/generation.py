@@ -84,7 +84,7 @@ def _write(model: Any, idx: Tensor, max_new_tokens: int, choose: Callable,
             token = choose(logits[:, -1])  # (B, V) -> (B, 1)
             if stop_token is not None:
                 token = token.masked_fill(stopped, stop_token)
-                stopped = stopped | (token == stop_token)
+                stopped = token == stop_token
         window = torch.cat([window, token], dim=1)[:, -block_size:]  # (B, T + 1) at most
         unread = window[:, -1:]  # (B, 1)
         yield unread

@@ -113,7 +113,7 @@ class CausalSelfAttention(nn.Module):
         """Tells whether torch's kernel may stand for the formula."""
         # The kernel does not call the dropout module, which may be replaced or watched.
         is_plain = type(dropout) in (Dropout, nn.Dropout) and "forward" not in vars(dropout)
-        is_own = getattr(self.attend, "__func__", None) is CausalSelfAttention.attend
+        is_own = type(self).attend is CausalSelfAttention.attend and "attend" not in vars(self)
         return self.fused and is_own and is_plain and not has_hooks(dropout)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -291,6 +291,8 @@ class Model(unittest.TestCase):
         self.assertEqual(self.model.generate(self.idx[:, :3], 5).tolist(), expected)
         # One reads the prompt, one a token after it. All layers and lengths share them.
         self.assertEqual(len(graphs), 2)
+        for graph in graphs:
+            self.assertIn("scaled_dot_product_attention", graph.code)
 
 
 def plain_probs(logits: list, temperature: float, top_k: int | None, top_p: float | None) -> list:
