@@ -73,7 +73,7 @@ class CausalSelfAttention(nn.Module):
         # True: torch's kernel. False: the formula step by step, weights in att.
         self.fused = True
         self.att: Tensor | None = None  # (B, nh, T, T)
-        # For programs that read or set minGPT's mask: see bias. None: attend makes its own.
+        # For programs of minGPT, which read or set its mask: see bias below.
         self.register_buffer("_mask", None, persistent=False)
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -82,8 +82,8 @@ class CausalSelfAttention(nn.Module):
         qkv = self.compute_qkv(x) if cache is None else self.compute_qkv(x, cache)
         q, k, v = qkv  # three of (B, nh, T, hs)
 
-        # A prompt needs the causal mask. A token that comes later, alone, may look at
-        # all, since all others stand before it.
+        # Several tokens need the causal mask. A single new one may look at all, since
+        # all others stand before it.
         is_causal = cache is None or cache.k is None
         if cache is not None:
             if T > 1 and not is_causal:

@@ -148,7 +148,7 @@ class Trainer:
             self.goes_on = True
             logger.info(f"interrupted after step {self.steps_done}; run() goes on from there")
             raise
-        # All processes wait here until the last one has saved.
+        # All processes wait here for the last one.
         processes.barrier()
         self.runs_done += 1
         self.trigger_callbacks("on_train_end")
@@ -257,7 +257,7 @@ class Trainer:
         for i in learned:
             network.require_backward_grad_sync = i == learned[-1]
             loss = self.compute(network, *batches[i])[1]
-            # Gradients are averaged over the processes, so each takes its sum.
+            # Processes average their gradients; times world_size makes it a sum.
             loss = loss * (self.world_size * shares[i])
             self.scaler.scale(loss).backward()
             self.loss = self.loss + loss.detach()
