@@ -96,7 +96,7 @@ def draw_losses(axes, names: list[str], results: dict[str, list[dict]], field: s
     axes.plot([x for x, _ in dots], [y for _, y in dots], "o", color=color, ms=5, alpha=0.7,
               label=label)
     axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(names)) - 0.5, -0.5)
     axes.grid(alpha=0.3)
 
 
