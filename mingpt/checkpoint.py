@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mingpt.utils import replacing
+from mingpt.utils import CfgNode, replacing
 
 # Types that torch.load(weights_only=True) reads.
 PLAIN_TYPES = (str, int, float, bool, bytes, type(None))
@@ -87,8 +87,12 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def plain_settings(config: Any) -> dict:
     """Returns the settings of a configuration as JSON has them; other values as texts."""
-    settings = getattr(config, "__dict__", config)
-    return json.loads(json.dumps(settings, default=str, skipkeys=True))
+    settings = dict(getattr(config, "__dict__", config))
+    return json.loads(json.dumps(settings, default=_as_json, skipkeys=True))
+
+
+def _as_json(value: Any) -> Any:
+    return vars(value) if isinstance(value, CfgNode) else str(value)
 
 
 def changed_settings(then: dict, config: Any) -> list[str]:

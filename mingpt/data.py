@@ -10,7 +10,7 @@ From a text to the batches of a step: text -> tokens in a file -> windows -> bat
 import functools
 import math
 import signal
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def _read_parts(path: str | Path) -> Iterator[str]:
 
 
 def encode_file(encoder, path: str | Path, out: str | Path,
-                allowed_special: str | Collection[str] = ()) -> int:
+                allowed_special: str | Iterable[str] = ()) -> int:
     """Encodes a text file to a file of uint16 tokens, and returns their number.
 
     They are the tokens of encoder.encode(read_text(path), allowed_special), but memory
@@ -61,6 +61,8 @@ def encode_file(encoder, path: str | Path, out: str | Path,
         raise ValueError(f"got {out} for the tokens of {path}, expected the name of another file")
     if max(encoder.decoder) > 65535:
         raise ValueError(f"the vocabulary goes up to {max(encoder.decoder)}, uint16 to 65535")
+    if not isinstance(allowed_special, str):
+        allowed_special = list(allowed_special)
     if regex.search(r"\s", "".join(allowed_special)):
         raise ValueError(f"got {allowed_special}, expected special tokens without white space")
 
@@ -71,7 +73,8 @@ def encode_file(encoder, path: str | Path, out: str | Path,
     with replacing(out) as new, open(new, "wb") as file:
         for part in progress(_read_parts(path), f"encoding {path}", count):
             rest += part
-            cut = last_cut.search(rest)
+            # Earlier parts were searched already.
+            cut = last_cut.search(rest, max(0, len(rest) - len(part) - 1))
             if cut is not None:
                 tokens = encoder.encode(rest[:cut.end()], allowed_special)
                 np.array(tokens, dtype=np.uint16).tofile(file)

@@ -325,6 +325,8 @@ class GPT(nn.Module):
         # A tied head is an embedding as well. A dict drops repetitions and keeps the
         # order, which a checkpoint needs.
         embeddings = set(matrices(nn.Embedding))
+        if self.is_tied:
+            embeddings.add(self.lm_head.weight)
         decayed = dict.fromkeys(p for p in matrices(nn.Linear) if p not in embeddings)
         others = [p for p in self.parameters() if p not in decayed]
         groups: list[dict] = [{"params": list(decayed)}, {"params": others, "weight_decay": 0.0}]

@@ -61,7 +61,8 @@ MODEL_CHOICES = {
 TOKENIZER_CHOICES: dict[str, dict[str, tuple]] = {
     "normalizer": {"type": (None,)},
     "pre_tokenizer": {"type": ("ByteLevel",), "add_prefix_space": (False,), "use_regex": (True,)},
-    "model": {"type": ("BPE",), "end_of_word_suffix": (None, ""), "byte_fallback": (False,)},
+    "model": {"type": ("BPE",), "continuing_subword_prefix": (None, ""),
+              "end_of_word_suffix": (None, ""), "byte_fallback": (False,)},
 }
 
 # -----------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def _check_parts(model: Any) -> None:
     activation = dict(model.named_modules()).get("transformer.h.0.mlp.act")
     if isinstance(activation, nn.GELU):
         for block in gpt2.transformer.h:
-            block.mlp.act = activation
+            block.mlp.act = nn.GELU(activation.approximate)
     parts = _describe(model)
     expected = _describe(gpt2)
     for name in [*expected, *parts]:

@@ -62,6 +62,8 @@ class Run(Trainer):
         check_config(config, RULES)
         if not work_dir and (config.resume or config.keep_best):
             raise ValueError("got resume or keep_best without a folder, expected work_dir")
+        if getattr(config, "work_dir", ""):
+            raise ValueError("got work_dir in the settings, expected it as an argument of Run")
         self.work_dir = Path(work_dir).expanduser()
         self.writes = bool(work_dir)
         self.val_dataset = val_dataset
@@ -101,6 +103,7 @@ class Run(Trainer):
         if self._random_state is not None:
             checkpoint.set_random_state(self._random_state, self.device_type)
             self._random_state = None
+        self.is_stopping = processes.sum_over_processes(self.is_stopping) > 0
         return super().draw_batches()
 
     def step(self, network: Callable, batches: list) -> None:
@@ -188,13 +191,13 @@ class Run(Trainer):
         steps, elapsed = self._last_report
         self._last_report = (self.steps_done, self.elapsed)
         # A coarse clock may not have moved.
-        seconds = max(self.elapsed - elapsed, 1e-9) / (self.steps_done - steps)
+        seconds = max(self.elapsed - elapsed, 1e-9) / max(1, self.steps_done - steps)
         rate = self._targets / seconds
         line = (f"step {self.steps_done:>6}  loss {loss:.4f}  lr {lr:.1e}  "
                 f"{1000 * seconds:7.2f} ms  {rate:>9,.0f} tok/s")
         if self.config.max_iters is not None:
             left = (self.config.max_iters - self.steps_done) * seconds
-            line += f"  {left / 60:.1f} min left"
+            line += f"  {left / 60:.0f} min left"
         logger.info(line)
         self.write_metrics(split="train", loss=loss, lr=float(lr),
                            grad_norm=float(self.grad_norm), tokens_per_second=round(rate),
@@ -213,6 +216,7 @@ class Run(Trainer):
     def write_metrics(self, **row: Any) -> None:
         """Adds a row to metrics.jsonl in work_dir; callbacks may add rows of their own."""
         if self.writes and self.rank == 0:
+            self.work_dir.mkdir(parents=True, exist_ok=True)
             row = {name: checkpoint.finite_or_none(value) for name, value in row.items()}
             path = self.work_dir / "metrics.jsonl"
             with naming_file(path), open(path, "a", encoding="utf-8") as file:

@@ -86,6 +86,9 @@ class Trainer:
             logger.warning(f"Trainer ignores {', '.join(foreign)}: see Run in mingpt/run.py")
         self.config = config
         check_config(config, RULES)
+        if config.min_lr > config.learning_rate:
+            raise ValueError(f"got min_lr={config.min_lr}, expected at most "
+                             f"learning_rate={config.learning_rate}")
         end = self.decay_end()
         if config.schedule != "constant" and (end is None or end < config.warmup_iters):
             raise ValueError(f"got schedule={config.schedule!r} that ends at step {end}, expected "
@@ -113,6 +116,8 @@ class Trainer:
         self.iter_num = 0  # steps done; in on_batch_end the number of the step, from 0
         self.iter_time = 0.0  # when the last step ended, in seconds
         self.iter_dt = 0.0  # seconds that the last step took
+        self.loss = torch.zeros(())  # mean loss of the last step
+        self.grad_norm = torch.zeros(())  # length of its gradient before clipping
         self.seed = 0  # of the examples of this run
         self.runs_done = 0
         self.is_stopping = False

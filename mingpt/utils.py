@@ -91,7 +91,8 @@ class CfgNode(SimpleNamespace):
             for name, value in fields.items():
                 option = f"  --{name}={'' if value is None else value}"
                 line = f"{option:30}  {comments.get(name, '')}"
-                print_line(textwrap.fill(line, 80, subsequent_indent=" " * 32))
+                print_line(textwrap.fill(line, 80, subsequent_indent=" " * 32,
+                                         break_long_words=False, break_on_hyphens=False))
             raise SystemExit(0)
 
         changes = {}
@@ -126,7 +127,7 @@ def _parse(name: str, text: str, default):
         return None if text == "None" and default else text
     try:
         value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         # A path, the name of a device, a word.
         value = text
 
@@ -135,8 +136,8 @@ def _parse(name: str, text: str, default):
         value = int(value)
     if type(value) is int and isinstance(default, float):
         value = float(text)
-    if isinstance(value, list) and isinstance(default, tuple):
-        value = tuple(value)
+    if isinstance(value, (list, tuple)) and isinstance(default, (list, tuple)):
+        value = type(default)(value)
     if default is not None and type(value) is not type(default):
         expected = f"a value of type {type(default).__name__} like {default!r}"
         raise ValueError(f"--{name} takes {expected}, got {text!r}")
@@ -185,8 +186,8 @@ def fill_in(config, defaults: dict, known: Iterable[str], owner: str) -> None:
     A field that is not known is a warning in the log.
     """
     for name, value in defaults.items():
-        if not hasattr(config, name):
-            setattr(config, name, value)
+        # The class of the configuration may have it.
+        setattr(config, name, getattr(config, name, value))
     for name, value in list(vars(config).items()):
         # A class that serves as a configuration has __module__ and other fields of Python's.
         if not name.startswith("__"):
@@ -196,7 +197,7 @@ def fill_in(config, defaults: dict, known: Iterable[str], owner: str) -> None:
 
 
 def _to_python(value):
-    if isinstance(value, tuple):
+    if type(value) is tuple:
         return tuple(map(_to_python, value))
     is_number = isinstance(value, (np.generic, torch.Tensor)) and value.ndim == 0
     return value.item() if is_number else value

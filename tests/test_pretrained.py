@@ -312,6 +312,13 @@ class Saving(Seeded):
             self.assertEqual((config["eos_token_id"], config["bos_token_id"]), (eos, eos))
 
     def test_a_part_that_gpt2_lacks_is_refused_by_name(self):
+        class QuickGELU(nn.GELU):
+            def forward(self, x):
+                return x * torch.sigmoid(1.702 * x)
+
+        own = tiny_gpt(n_layer=1)
+        own.transformer.h[0].mlp.act = QuickGELU()
+        self.refused("transformer.h.0.mlp.act.forward is not GPT-2's", own.save_pretrained)
         # The name in the message, and the part that is set: module, name, new part.
         for named, module, name, part in (
             ("transformer.h.1.mlp.act", "transformer.h.1.mlp", "act", nn.SiLU()),

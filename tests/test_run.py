@@ -104,7 +104,7 @@ class Reports(Folder):
             run.run()
         lines = [line.split(":", 2)[2] for line in logged.output]
         self.assertRegex(lines[0], r"^step +1  loss \d\.\d{4}  lr 1\.0e-02 +[\d.]+ ms +[\d,]+ tok/s"
-                                   r"  \d+\.\d min left$")
+                                   r"  \d+ min left$")
         self.assertRegex(lines[-1], r"^step +4  validation loss \d\.\d{4}$")
         self.assertLessEqual(max(map(len, lines)), 80)
 
@@ -181,6 +181,8 @@ class Reports(Folder):
         for settings in (dict(resume=True), dict(keep_best=True)):
             with self.assertRaisesRegex(ValueError, "expected work_dir"):
                 make_run(**settings)
+        with self.assertRaisesRegex(ValueError, "expected it as an argument"):
+            Run(CfgNode(work_dir="x"), no_dropout(), Pairs())
         with mock.patch.dict(os.environ, RANK="1"):
             with self.assertRaisesRegex(ValueError, "RANK without WORLD_SIZE"):
                 make_run()
@@ -188,6 +190,12 @@ class Reports(Folder):
 
 class Stops(Folder):
     """However a run ends, its last good step is saved."""
+
+    def test_a_model_is_validated_before_the_first_step(self):
+        run = make_run(work_dir=self.folder / "new", val_dataset=Pairs())
+        run.validate()
+        self.assertEqual(read_metrics(self.folder / "new"),
+                         [{"iteration": 0, "split": "val", "loss": run.val_loss}])
 
     def test_stopped_or_shortened_in_a_callback(self):
         def shorten(run):
@@ -422,6 +430,20 @@ class Checkpoints(Folder):
                  path=Path("x"), work_dir=self.folder).run()
         saved = read_checkpoint(self.folder / "checkpoint.pt")["config"]
         self.assertEqual((saved["max_iters"], saved["learning_rate"]), (1, 1e-3))
+        self.assertEqual(checkpoint.plain_settings(CfgNode(a=1, b=CfgNode(c=2), d=Path("x"))),
+                         {"a": 1, "b": {"c": 2}, "d": "x"})
+
+    def test_settings_may_be_a_class(self):
+        class Settings:
+            max_iters = 1
+            batch_size = 4
+            resume = "auto"
+
+        for settings in (Settings(), Settings):
+            Settings.max_iters += 1
+            run = Run(settings, no_dropout(), Pairs(), work_dir=self.folder)
+            run.run()
+            self.assertEqual(run.steps_done, Settings.max_iters)
 
     def test_damaged_files_are_refused_or_as_good_as_whole(self):
         make_run(max_iters=2, work_dir=self.folder).run()

@@ -133,6 +133,7 @@ class Loop(unittest.TestCase):
             dict(momentum=1.0), dict(lr_decay_iters=-1), dict(device="cuda:99"),
             dict(device="meta"), dict(batch_size=6, grad_accum_steps=4), dict(optimizer="sgd"),
             dict(schedule="cosine", max_iters=None), dict(schedule="linear", warmup_iters=11),
+            dict(min_lr=1.0, learning_rate=0.1),
             dict(optimizer="muon", model=Regression()),
         ):
             name = next(iter(settings))

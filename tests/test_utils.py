@@ -101,12 +101,15 @@ class Configuration(unittest.TestCase):
         self.assertEqual(doctest.testmod(utils).failed, 0)
 
     def test_fill_in_completes_converts_and_warns(self):
-        config = CfgNode(rate=np.float64(0.5), betas=(np.float64(0.9), 0.95), lr=1, dropout=0.1)
-        known = ("rate", "betas", "seed", "embd_pdrop", "attn_pdrop", "learning_rate")
+        shape = torch.Size([2, 3])
+        config = CfgNode(rate=np.float64(0.5), betas=(np.float64(0.9), 0.95), lr=1, dropout=0.1,
+                         shape=shape)
+        known = ("rate", "betas", "shape", "seed", "embd_pdrop", "attn_pdrop", "learning_rate")
         with self.assertLogs("mingpt", "WARNING") as logged:
             fill_in(config, dict(rate=0.1, seed=None), known, "a test")
         self.assertEqual(vars(config), dict(
-            rate=0.5, betas=(0.9, 0.95), lr=1, dropout=0.1, seed=None))
+            rate=0.5, betas=(0.9, 0.95), lr=1, dropout=0.1, shape=shape, seed=None))
+        self.assertIs(config.shape, shape)
         self.assertEqual([type(config.rate), type(config.betas[0])], [float, float])
         self.assertEqual([record.getMessage() for record in logged.records], [
             "a test does not use lr; did you mean learning_rate?",
