@@ -58,6 +58,7 @@ setup(
         "pretrained": hub,
         "notebooks": [*hub, *plots, "jupyter"],
         "bench": [*hub, *plots, *peers],
-        "test": [*hub, *plots, *peers, *types, "hypothesis", "ipykernel", "nbclient", "scikit-learn"],
+        "test": [*hub, *plots, *peers, *types, "hypothesis", "ipykernel", "nbclient",
+                 "scikit-learn"],
     },
 )

@@ -1,4 +1,4 @@
-"""So that `python -m unittest` finds the tests from the root of the repository, and they find common.py."""
+"""Lets `python -m unittest` find the tests from the root, and the tests find common.py."""
 
 import sys
 from pathlib import Path

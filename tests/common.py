@@ -99,6 +99,9 @@ def run_python(*args, cwd=None, check=True, **environment) -> subprocess.Complet
 
 def run_here(main: Callable, *args) -> tuple[int, str, str]:
     """Runs the main of a script in this process; returns its exit status, stdout and stderr."""
+    log = logging.getLogger("mingpt")
+    level = log.level
+    log.setLevel(logging.INFO)
     printed = io.StringIO()
     errors = io.StringIO()
     argv = mock.patch.object(sys, "argv", [f"{main.__module__}.py", *map(str, args)])
@@ -112,6 +115,7 @@ def run_here(main: Callable, *args) -> tuple[int, str, str]:
         except SystemExit as left:
             status = left.code
     close_log()
+    log.setLevel(level)
     return status, printed.getvalue(), errors.getvalue()
 
 

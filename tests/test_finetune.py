@@ -1,12 +1,10 @@
 """projects/finetune on a tiny model with a vocabulary of bytes: what is cut, trained and saved."""
 
 import json
-import logging
 import math
 import re
 import sys
 import unittest
-from unittest import mock
 
 import torch
 
@@ -43,8 +41,7 @@ class Finetune(WorkingFolder):
 
     def train(self, *args) -> tuple[str, list[float]]:
         """Returns what a run prints, and the losses in it."""
-        with mock.patch.object(logging.getLogger("mingpt"), "level", logging.INFO):
-            status, printed, errors = run_here(finetune.main, *SHORT, *args)
+        status, printed, errors = run_here(finetune.main, *SHORT, *args)
         self.assertEqual((status, errors), (0, ""), printed)
         losses = re.findall(r"loss ([\d.]+) nats per token, perplexity", printed)
         return printed, list(map(float, losses))

@@ -111,7 +111,7 @@ class Mean(nn.Module):
 
 
 class Attention(nn.Module):
-    """Gives each character a mean of the past with weights that it chooses (Vaswani et al. 2017)."""
+    """Gives each character a mean of the past, by weights it chooses (Vaswani et al. 2017)."""
 
     def __init__(self, n_embd: int, n_head: int):
         super().__init__()
