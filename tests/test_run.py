@@ -166,7 +166,7 @@ class Reports(Folder):
         gpu.get_rng_state.return_value = torch.zeros(1)
         gpu.synchronize.side_effect = lambda: times.append(times[-1] + 5.0)
         run = make_run(max_iters=2, log_interval=1, work_dir=self.folder)
-        run.device_type = "cuda"
+        run.device_type = "xpu"
         with (mock.patch("time.perf_counter", lambda: times[-1]),
               mock.patch("torch.get_device_module", return_value=gpu)):
             run.run()
