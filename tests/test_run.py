@@ -162,7 +162,8 @@ class Reports(Folder):
 
     def test_the_wait_for_a_gpu_belongs_to_the_step_that_waits(self):
         times = [0.0]
-        gpu = mock.Mock()
+        # A torch that is built for GPUs asks it, too.
+        gpu = mock.Mock(**{"is_available.return_value": False})
         gpu.get_rng_state.return_value = torch.zeros(1)
         gpu.synchronize.side_effect = lambda: times.append(times[-1] + 5.0)
         run = make_run(max_iters=2, log_interval=1, work_dir=self.folder)
