@@ -254,6 +254,11 @@ class BadFolders(Seeded):
                 self.refused(named)
 
     def test_a_name_that_is_no_folder_cannot_leave_the_cache(self):
+        # Nothing that lies around here may have one of the names.
+        empty = self.folder / "some" / "where"
+        empty.mkdir(parents=True)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(empty)
         for name in ("", "nothing", "./out", "../model", "~/nowhere/x", "/nowhere/model", "a/b/c",
                      "out\\model", "a/..", "../x/..", "owner/.git", "owner/model\n", "out/",
                      "a\0/b", "x" * 5000, str(self.config)):
