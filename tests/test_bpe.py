@@ -134,12 +134,14 @@ class Merges(unittest.TestCase):
 class Cache(unittest.TestCase):
     def test_memory_is_bounded(self):
         encoder = pickle.loads(pickle.dumps(ENCODER))
+        encoder.cache.clear()
         text = " ".join(TEXTS) + " word" + "x" * 1000
         with mock.patch("mingpt.bpe.CACHED_PIECES", 50):
             for _ in range(2):
                 self.assertEqual(encoder.encode(text), TIKTOKEN.encode_ordinary(text))
                 self.assertLessEqual(len(encoder.cache), 50)
         self.assertLessEqual(max(map(len, encoder.cache)), bpe.CACHED_CHARACTERS)
+
 
 class Special(unittest.TestCase):
     def test_endoftext_is_text_unless_allowed(self):

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import os
 import re
+import shutil
 import sys
 import tarfile
 import unittest
@@ -82,7 +83,11 @@ class Code(Folder):
 @unittest.skipUnless(importlib.util.find_spec("setuptools"), "setuptools is not installed")
 class Distribution(Folder):
     def setup(self, *args) -> None:
-        run_python("setup.py", "-q", "egg_info", f"--egg-base={self.folder}", *args, cwd=ROOT)
+        # setuptools writes into the folder of setup.py.
+        copied = self.folder / "copy"
+        ignore = shutil.ignore_patterns(".git", "out", "build", "*.egg-info", "__pycache__")
+        shutil.copytree(ROOT, copied, ignore=ignore)
+        run_python("setup.py", "-q", "egg_info", f"--egg-base={self.folder}", *args, cwd=copied)
 
     def test_a_source_distribution_has_all_that_its_tests_need(self):
         self.setup("sdist", f"--dist-dir={self.folder}")
