@@ -219,10 +219,21 @@ class Script:
 
 
 def run_forked(main: Callable, *args, count: int = 1, check: bool = True, **environment) -> str:
-    """Runs the main of a script in `count` children to its end; returns what they printed."""
-    with Script(main, *args, count=count, **environment) as script:
-        codes = script.wait()
-        printed = script.printed()
+    """Runs the main of a script in `count` children to its end; returns what they printed.
+
+    A fork beside threads, such as the store's, may hang before it begins (seen once in some
+    700 forks). It is then made once more.
+    """
+    for seconds in (60, 120):
+        with Script(main, *args, count=count, **environment) as script:
+            try:
+                codes = script.wait(seconds)
+            except AssertionError:
+                if seconds == 120 or "running on" in script.printed():
+                    raise
+                continue
+            printed = script.printed()
+            break
     if check and any(codes):
         raise AssertionError(f"{args} ended with {codes}:\n{printed[-3000:]}")
     return printed
