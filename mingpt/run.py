@@ -197,7 +197,10 @@ class Run(Trainer):
                 f"{1000 * seconds:7.2f} ms  {rate:>9,.0f} tok/s")
         if self.config.max_iters is not None:
             left = (self.config.max_iters - self.steps_done) * seconds
-            line += f"  {left / 60:.0f} min left"
+            # Beyond 100,000 minutes nobody waits for the end.
+            if left < 6e6:
+                minutes, rest = divmod(round(left), 60)
+                line += f"  {minutes}:{rest:02} left"
         logger.info(line)
         self.write_metrics(split="train", loss=loss, lr=float(lr),
                            grad_norm=float(self.grad_norm), tokens_per_second=round(rate),

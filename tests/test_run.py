@@ -104,7 +104,7 @@ class Reports(Folder):
             run.run()
         lines = [line.split(":", 2)[2] for line in logged.output]
         self.assertRegex(lines[0], r"^step +1  loss \d\.\d{4}  lr 1\.0e-02 +[\d.]+ ms +[\d,]+ tok/s"
-                                   r"  \d+ min left$")
+                                   r"  \d+:\d\d left$")
         self.assertRegex(lines[-1], r"^step +4  validation loss \d\.\d{4}$")
         self.assertLessEqual(max(map(len, lines)), 80)
 
