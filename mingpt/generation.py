@@ -58,8 +58,9 @@ def _write(model: Any, idx: Tensor, max_new_tokens: int, choose: Callable,
            stop_token: int | None, use_cache: bool) -> Iterator[Tensor]:
     """Writes token by token; the model is in eval mode whenever it is asked for one."""
     block_size = model.block_size
-    window = idx[:, -block_size:]  # (B, T), what the model may look at
-    unread = window  # what it has not read yet: all of it, or with the cache a token
+    # The model looks at a window. With a cache it reads only what is new there.
+    window = idx[:, -block_size:]  # (B, T)
+    unread = window
     stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)  # (B, 1)
     cache = None
     # Parts that are not known may keep tensors for a later training.
