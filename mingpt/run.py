@@ -103,7 +103,7 @@ class Run(Trainer):
         if self._random_state is not None:
             checkpoint.set_random_state(self._random_state, self.device_type)
             self._random_state = None
-        self.is_stopping = processes.sum_over_processes(self.is_stopping) > 0
+        self._agree_to_stop()
         return super().draw_batches()
 
     def step(self, network: Callable, batches: list) -> None:
@@ -118,7 +118,7 @@ class Run(Trainer):
         self.elapsed += self.iter_dt
         # One process that is told to stop is enough.
         is_told = processes.sum_over_processes(self.signals.received is not None) > 0
-        self.is_stopping = processes.sum_over_processes(self.is_stopping) > 0
+        self._agree_to_stop()
         if self._is_due("log"):
             self.report()
         if self.val_dataset is not None and self._is_due("eval"):
@@ -128,6 +128,10 @@ class Run(Trainer):
             self.save_checkpoint(self.work_dir / "checkpoint.pt")
         if is_told and not self.is_done():
             self._leave()
+
+    def _agree_to_stop(self) -> None:
+        """Lets one process that calls stop() end the run for all."""
+        self.is_stopping = processes.sum_over_processes(self.is_stopping) > 0
 
     def _is_due(self, what: str) -> bool:
         """Tells whether reports ("log"), validations or checkpoints are due after this step."""
@@ -155,7 +159,7 @@ class Run(Trainer):
             if self.config.keep_best:
                 self.save_checkpoint(self.work_dir / "best.pt")
         self.trigger_callbacks("on_eval_end")
-        self.is_stopping = processes.sum_over_processes(self.is_stopping) > 0
+        self._agree_to_stop()
 
     @torch.no_grad()
     def evaluate(self, dataset: Any, max_batches: int | None = None) -> float:

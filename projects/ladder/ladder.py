@@ -123,9 +123,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
         heads = (B, T, self.n_head, C // self.n_head)
-        q = self.query(x).view(heads).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
-        k = self.key(x).view(heads).transpose(1, 2)  # (B, nh, T, hs)
-        v = self.value(x).view(heads).transpose(1, 2)  # (B, nh, T, hs)
+        layers = (self.query, self.key, self.value)
+        # Each (B, T, C) -> (B, T, nh, hs) -> (B, nh, T, hs)
+        q, k, v = [layer(x).view(heads).transpose(1, 2) for layer in layers]
 
         scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3))  # (B, nh, T, T)
         # No character may look at those after it.
