@@ -190,7 +190,8 @@ def is_known(module: nn.Module) -> bool:
     if type(module) in TOKENWISE and "forward" not in vars(module):
         return True
     for name in ("forward", "features", "mlpf", "attend", "compute_qkv"):
-        method = getattr(module, name, None)
+        # A method may be patched on the module itself.
+        method = vars(module).get(name, getattr(type(module), name, None))
         is_own = getattr(method, "__globals__", {}).get("__name__") == "mingpt.model"
         if callable(method) and not is_own and not takes_cache(method):
             return False

@@ -18,18 +18,16 @@ Multitask Learners", section 2.3.
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 from mingpt.generation import KVCache, at_least_float32, has_hooks, one_by_one, write
 from mingpt.muon import join_muon
 from mingpt.utils import CN, CfgNode, check_config, eval_mode, fill_in, logger
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class NewGELU(nn.Module):
@@ -78,7 +76,6 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Maps (B, T, C) to (B, T, C). With a cache, x follows the tokens it holds."""
-        B, T, C = x.shape
         qkv = self.compute_qkv(x) if cache is None else self.compute_qkv(x, cache)
         q, k, v = qkv  # three of (B, nh, T, hs)
 
@@ -86,8 +83,8 @@ class CausalSelfAttention(nn.Module):
         # all others stand before it.
         is_causal = cache is None or cache.k is None
         if cache is not None:
-            if T > 1 and not is_causal:
-                raise ValueError(f"got {T} tokens after a prompt, expected one at a time")
+            if x.size(1) > 1 and not is_causal:
+                raise ValueError(f"got {x.size(1)} tokens after a prompt, expected one at a time")
             k, v = cache.append(k, v)  # (B, nh, past + T, hs)
 
         dropout = self.attn_dropout
@@ -96,7 +93,7 @@ class CausalSelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=is_causal)
         else:
             y = self.attend(q, k, v)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C)
+        y = y.transpose(1, 2).flatten(2)  # (B, nh, T, hs) -> (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
     def compute_qkv(self, x: Tensor, cache: KVCache | None = None) -> tuple[Tensor, ...]:
@@ -368,7 +365,7 @@ class GPT(nn.Module):
         return one_by_one(self, tokens)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> "Self":
+    def from_pretrained(cls, name: str | Path) -> Self:
         """Loads a model of the GPT-2 type, in eval mode.
 
         name: "gpt2", "owner/name" on the Hugging Face hub, or a folder.
