@@ -21,14 +21,6 @@ from mingpt.model import GPT
 from mingpt.utils import CfgNode, run_script
 
 
-def load_model(folder: Path) -> GPT:
-    """Loads the model of a run of adder.py."""
-    checkpoint = read_checkpoint(folder / "checkpoint.pt")
-    model = GPT(CfgNode(**checkpoint["model_config"])).eval()
-    model.load_state_dict(checkpoint["model"])
-    return model
-
-
 @torch.no_grad()
 def mean_attention(model: GPT, x: torch.Tensor) -> torch.Tensor:
     """Computes where the heads look, on average: tokens (B, T) -> (n_layer, nh, T, T)."""
@@ -44,9 +36,8 @@ def share_without(model: GPT, dataset: AdditionDataset, layer: int, head: int) -
     hs = attn.n_embd // attn.n_head
 
     def switch_off(module, inputs):
-        y = inputs[0].clone()  # (B, T, C), the heads side by side
-        y[:, :, head * hs:(head + 1) * hs] = 0
-        return (y,)
+        # The heads stand side by side.
+        inputs[0][:, :, head * hs:(head + 1) * hs] = 0  # (B, T, hs)
 
     hook = attn.c_proj.register_forward_pre_hook(switch_off)
     _, right = answer(model, dataset, dataset.problems(range(len(dataset))))
@@ -67,15 +58,16 @@ def find_carry(model: GPT, dataset: AdditionDataset) -> list[float]:
     has_small_digits = (problems // 10 ** n % 10 < 5) & (problems % 10 < 5)
     first = dataset.digits(problems[has_small_digits])  # (B, 3n + 1)
     second = dataset.digits(problems[has_small_digits] + 5 * 10 ** n + 5)  # (B, 3n + 1)
+    both = torch.cat([first, second])[:, :2 * n + 1]  # (2B, 2n + 1)
+    B = len(first)
+
+    def replace_first(module, inputs, x):
+        x[:B, -1] = x[B:, -1]  # (B, C)
+
     shares = []
     for part in [model.transformer.drop, *model.transformer.h]:
-        seen = []
-        hook = part.register_forward_hook(lambda module, inputs, x: seen.append(x[:, -1:]))
-        model(second[:, :2 * n + 1])
-        hook.remove()
-        hook = part.register_forward_hook(
-            lambda module, inputs, x: torch.cat((x[:, :-1], seen[0]), dim=1))
-        written = model(first[:, :2 * n + 1])[0][:, -1].argmax(dim=-1)  # (B,)
+        hook = part.register_forward_hook(replace_first)
+        written = model(both)[0][:B, -1].argmax(dim=-1)  # (B,)
         hook.remove()
         shares.append(float((written == second[:, 2 * n + 1]).float().mean()))
     return shares
@@ -84,14 +76,12 @@ def find_carry(model: GPT, dataset: AdditionDataset) -> list[float]:
 def draw_heads(att: torch.Tensor, names: list[str], path: Path) -> None:
     """Draws how much each head looks at each digit while it writes the digits of the sum."""
     n_layer, n_head, T, _ = att.shape
-    later = np.triu(np.ones((T, T), dtype=bool), k=1)
-    written = slice(T * 2 // 3 - 1, T)
     figure = Figure(figsize=(3 * n_head, 1.8 * n_layer), layout="constrained")
     axes = figure.subplots(n_layer, n_head, sharex=True, sharey=True, squeeze=False)
     for (layer, head), panel in np.ndenumerate(axes):
-        weights = np.ma.masked_array(att[layer, head].numpy(), later)  # (T, T)
-        image = panel.imshow(weights[written], cmap="Blues", vmin=0, vmax=1)
-        # The mask hides later digits: their cells stay gray.
+        weights = att[layer, head, T * 2 // 3 - 1:]  # (n + 1, T)
+        # The mask hides later digits: their weight is 0, and their cells stay gray.
+        image = panel.imshow(np.ma.masked_equal(weights, 0), cmap="Blues", vmin=0, vmax=1)
         panel.set_facecolor("0.85")
         panel.set_title(f"block {layer}, head {head}", fontsize=10)
     panel.set_xticks(range(T), names[:T])
@@ -106,9 +96,12 @@ def main(args: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Looks inside the model of a run of adder.py.")
     parser.add_argument("folder", type=Path, nargs="?", default="out/adder", help="of the run")
     folder = parser.parse_args(args).folder
-    model = load_model(folder)
+    checkpoint = read_checkpoint(folder / "checkpoint.pt")
+    model = GPT(CfgNode(**checkpoint["model_config"])).eval()
+    model.load_state_dict(checkpoint["model"])
+    n = model.block_size // 3
     config = AdditionDataset.get_default_config()
-    config.ndigit = n = model.block_size // 3
+    config.ndigit = n
     dataset = AdditionDataset(config, "test")
     x = dataset.digits(dataset.problems(range(len(dataset))))[:, :-1]  # (B, 3n)
     att = mean_attention(model, x)  # (n_layer, nh, 3n, 3n)
@@ -119,9 +112,9 @@ def main(args: list[str]) -> None:
         right = share_without(model, dataset, layer, head)
         print(f"block {layer}, head {head} {weight:20.0%} {right:27.1%}")
     shares = find_carry(model, AdditionDataset(config, "train"))
-    print(f"the vector of s1 carries after the embedding {shares[0]:6.1%}")
-    for layer, share in enumerate(shares[1:]):
-        print(f"the vector of s1 carries after block {layer} {share:12.1%}")
+    parts = ["the embedding", *[f"block {layer}" for layer in range(len(att))]]
+    for part, share in zip(parts, shares):
+        print(f"the vector of s1 carries after {part:13} {share:6.1%}")
     names = [f"{number}{10 ** i}" for number in "ab" for i in reversed(range(n))]
     draw_heads(att, names + [f"s{10 ** i}" for i in range(n + 1)], folder / "heads.png")
 
