@@ -163,7 +163,7 @@ class Trainer:
         before = self.optimizer
         self.optimizer = self.make_optimizer()
         if self.goes_on:
-            carry_over(before, self.optimizer)
+            self.optimizer = carry_over(before, self.optimizer)
             logger.info(f"going on after step {self.steps_done}")
         else:
             self.steps_done = 0
@@ -325,8 +325,11 @@ class Trainer:
         """Does what comes after each step: here nothing, in Run a lot."""
 
 
-def carry_over(before: Any, optimizer: Any) -> None:
-    """Gives a new optimizer the state of an earlier one, parameter by parameter."""
+def carry_over(before: Any, optimizer: Any) -> Any:
+    """Gives a new optimizer the state of an earlier one, parameter by parameter.
+
+    Returns the optimizer to go on with.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter in before.state:
@@ -338,3 +341,9 @@ def carry_over(before: Any, optimizer: Any) -> None:
         # A rate that a callback has changed goes on, unless the setting is new.
         if old.get("initial_lr") == new["initial_lr"]:
             new["lr"] = old["lr"]
+    if type(before) is not type(optimizer):
+        return optimizer
+    # A scheduler of torch may hold the earlier one.
+    before.param_groups = optimizer.param_groups
+    before.state = optimizer.state
+    return before

@@ -4,6 +4,7 @@ Programs as people write them for minGPT: they run, with minGPT's meaning.
     python -m unittest tests.test_mingpt
 """
 
+import contextlib
 import copy
 import math
 import unittest
@@ -581,20 +582,26 @@ class Rates(unittest.TestCase):
 
     def test_set_by_a_scheduler_of_torch(self):
         def start(trainer):
-            trainer.scheduler = torch.optim.lr_scheduler.StepLR(
-                trainer.optimizer, step_size=1, gamma=0.5)
+            if trainer.iter_num == 0:
+                trainer.scheduler = torch.optim.lr_scheduler.StepLR(
+                    trainer.optimizer, step_size=1, gamma=0.5)
 
         def step(trainer):
             used.append(rates(trainer)[0])
             trainer.scheduler.step()
+            if len(used) == interrupt_at:
+                raise KeyboardInterrupt
 
         for optimizer in ("adamw", "muon"):
-            used = []
-            trainer = make_trainer(learning_rate=1e-2, optimizer=optimizer)
-            trainer.set_callback("on_train_start", start)
-            trainer.set_callback("on_batch_end", step)
-            trainer.run()
-            self.assertEqual(used, [1e-2, 5e-3, 2.5e-3, 1.25e-3])
+            for interrupt_at in (None, 2):
+                used = []
+                trainer = make_trainer(learning_rate=1e-2, optimizer=optimizer)
+                trainer.set_callback("on_train_start", start)
+                trainer.set_callback("on_batch_end", step)
+                while trainer.steps_done < 4:
+                    with contextlib.suppress(KeyboardInterrupt):
+                        trainer.run()
+                self.assertEqual(used, [1e-2, 5e-3, 2.5e-3, 1.25e-3])
 
     def test_groups_of_ones_own_keep_their_rates_under_a_schedule(self):
         class Mine(GPT):
