@@ -71,7 +71,7 @@ def write_folder(folder: Path, model: GPT, form: str = "bin", **changes) -> None
         weights = {key.removeprefix("transformer."): w for key, w in weights.items()}
     if form == "old":
         # In the format before zip, with masks and the head, also a tied one.
-        weights.setdefault("lm_head.weight", weights[WTE])
+        weights.setdefault("lm_head.weight", weights[WTE].clone())
         for mask in ("bias", "masked_bias"):
             weights[f"transformer.h.1.attn.{mask}"] = torch.ones(1, 1, 8, 8).bool()
         save = functools.partial(torch.save, _use_new_zipfile_serialization=False)
