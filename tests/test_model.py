@@ -20,7 +20,7 @@ from common import tiny_config, tiny_gpt
 from mingpt.generation import KVCache, can_cache, logits_to_probs
 from mingpt.model import GPT, PRESETS, CausalSelfAttention
 from mingpt.trainer import Trainer
-from mingpt.utils import eval_mode, set_seed
+from mingpt.utils import set_seed
 from numpy_gpt import compute_logits, openai_layout
 
 
@@ -110,30 +110,8 @@ class Oracle(unittest.TestCase):
             rows = [self.model(self.idx[:, :prompt], cache=cache)[0]]
             for t in range(prompt, 12):
                 rows.append(self.model(self.idx[:, t:t + 1], cache=cache)[0])
-            self.assertEqual({row.shape for row in rows}, {(3, 1, 67)})
             torch.testing.assert_close(
                 torch.cat(rows, dim=1), expected[:, prompt - 1:], atol=1e-10, rtol=1e-10)
-
-
-class Transformers(unittest.TestCase):
-    """The one test against transformers' GPT2LMHeadModel."""
-
-    def test_logits_and_greedy_tokens(self):
-        from transformers import GPT2Config, GPT2LMHeadModel
-        set_seed(3)
-        sizes = dict(vocab_size=67, n_embd=48, n_layer=3, n_head=4)
-        ours = tiny_gpt(block_size=40, tie_weights=True, **sizes).double()
-        config = GPT2Config(n_positions=40, bos_token_id=None, eos_token_id=None, **sizes)
-        theirs = GPT2LMHeadModel(config).double().eval()
-        weights = {name: torch.from_numpy(array) for name, array in openai_layout(ours).items()}
-        del weights["lm_head.weight"]
-        theirs.transformer.load_state_dict(weights)
-
-        idx = torch.randint(67, (3, 40))
-        torch.testing.assert_close(ours(idx)[0], theirs(idx).logits, atol=1e-9, rtol=1e-9)
-        prompt = idx[:, :10]
-        written = theirs.generate(prompt, max_new_tokens=30, do_sample=False)
-        self.assertEqual(ours.generate(prompt, 30).tolist(), written.tolist())
 
 
 class Attention(unittest.TestCase):
@@ -164,20 +142,16 @@ class Attention(unittest.TestCase):
 
 class Config(unittest.TestCase):
     def test_presets(self):
-        said = {}
         for name, sizes in PRESETS.items():
             config = GPT.get_default_config()
-            config.model_type = name
-            config.vocab_size = 50257
-            config.block_size = 1024
+            config.merge_from_dict(dict(model_type=name, vocab_size=50257, block_size=1024))
             with torch.device("meta"), self.assertLogs("mingpt", "INFO") as logged:
-                model = GPT(config)
-            parts = model.transformer
+                parts = GPT(config).transformer
             made = (len(parts.h), parts.h[0].attn.n_head, parts.wte.embedding_dim)
             self.assertEqual(made, sizes)
-            said[name] = logged.output[-1]
-        # OpenAI's checkpoint holds as many. A head of its own is not counted.
-        self.assertIn("number of parameters: 124.44M", said["gpt2"])
+            if name == "gpt2":
+                # OpenAI's checkpoint holds as many. A head of its own is not counted.
+                self.assertIn("number of parameters: 124.44M", logged.output[-1])
 
     def test_mistakes_are_named_and_change_nothing(self):
         for changes, message in (
@@ -203,16 +177,6 @@ class Model(unittest.TestCase):
         set_seed(2)
         self.model = tiny_gpt()
         self.idx = torch.randint(11, (2, 8))
-
-    def test_initialisation(self):
-        model = GPT(tiny_config(n_embd=256, n_head=4, vocab_size=500))
-        block = model.transformer.h[1]
-        # Two blocks add to the residual stream four times.
-        for layer, std in ((model.transformer.wte, 0.02), (block.attn.c_attn, 0.02),
-                           (block.attn.c_proj, 0.01), (block.mlp.c_fc, 0.02),
-                           (block.mlp.c_proj, 0.01), (model.lm_head, 0.02)):
-            self.assertAlmostEqual(layer.weight.std().item(), std, delta=0.001)
-        self.assertFalse(any(p.any() for name, p in model.named_parameters() if "bias" in name))
 
     def test_half_precision_is_scored_in_float32(self):
         for dtype in (torch.bfloat16, torch.float16):
@@ -242,34 +206,26 @@ class Model(unittest.TestCase):
             for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
                 self.assertTrue(torch.equal(copied(self.idx)[0], expected))
                 self.assertEqual(copied.lm_head.weight is copied.transformer.wte.weight, tie)
-                with torch.no_grad():
-                    for parameter in copied.parameters():
-                        parameter.add_(1)
+                for parameter in copied.parameters():
+                    parameter.data += 1
                 self.assertTrue(torch.equal(model(self.idx)[0], expected))
 
     def test_weights_load_with_and_without_a_head_of_their_own(self):
-        for saved_tie, has_head, tie in (
-            (False, True, False),
-            (False, True, True),
-            (True, True, False),
-            (True, True, True),
-            (True, False, False),
-            (True, False, True),
-        ):
-            saved = tiny_gpt(tie_weights=saved_tie)
-            state = saved.state_dict()
-            if not has_head:
-                del state["lm_head.weight"]
-            with (self.subTest(saved_tie=saved_tie, has_head=has_head, tie=tie),
-                  self.assertLogs("mingpt", "INFO") as logged):
-                model = GPT(tiny_config(tie_weights=tie)).eval()
-                model.load_state_dict(state)
+        own = tiny_gpt()
+        shared = tiny_gpt(tie_weights=True)
+        without_head = shared.state_dict()
+        del without_head["lm_head.weight"]
+        for saved, state in ((own, own.state_dict()), (shared, shared.state_dict()),
+                             (shared, without_head)):
+            for tie in (False, True):
+                with self.subTest(tie=tie), self.assertLogs("mingpt", "INFO") as logged:
+                    model = GPT(tiny_config(tie_weights=tie)).eval()
+                    model.load_state_dict(state)
                 self.assertTrue(torch.equal(model(self.idx)[0], saved(self.idx)[0]))
-                self.assertEqual("lm_head.weight" in state, has_head)
                 # Only a head of its own unties the model, and the log says so.
-                self.assertEqual(model.is_tied, tie and saved_tie)
-                self.assertEqual(model.config.tie_weights, tie and saved_tie)
-                unties = tie and not saved_tie
+                self.assertEqual(model.is_tied, tie and saved is shared)
+                self.assertEqual(model.config.tie_weights, model.is_tied)
+                unties = tie and saved is own
                 self.assertEqual("a head of their own" in logged.output[-1], unties)
 
     def test_it_compiles_in_one_piece(self):
@@ -313,12 +269,10 @@ def plain_generate(model, idx, max_new_tokens, temperature=1.0, do_sample=False,
     """Writes as minGPT does: reads the whole window for every token, one draw a step."""
     for _ in range(max_new_tokens):
         logits = model(idx[:, -model.block_size:])[0][:, -1]  # (B, V)
-        rows = [plain_probs(row, temperature, top_k, None) for row in logits.tolist()]
-        probs = torch.tensor(rows, dtype=torch.float64)  # (B, V)
-        if do_sample:
-            token = torch.multinomial(probs, 1)
-        else:
-            token = probs.argmax(-1, keepdim=True)
+        # The likeliest token is drawn if no other one is left.
+        k = top_k if do_sample else 1
+        probs = [plain_probs(row, temperature, k, None) for row in logits.tolist()]
+        token = torch.multinomial(torch.tensor(probs, dtype=torch.float64), 1)  # (B, 1)
         idx = torch.cat((idx, token), dim=1)
     return idx
 
@@ -351,37 +305,20 @@ class Generate(unittest.TestCase):
                 written = self.model.generate(idx, 15, *settings, use_cache=use_cache)
                 self.assertEqual(written.tolist(), expected)
 
-    def test_a_stream_gives_the_tokens_of_generate(self):
-        tokens = list(self.model.stream(self.idx, 12))
-        expected = self.model.generate(self.idx, 12)[:, 3:]
-        self.assertEqual(torch.stack(tokens, dim=1).tolist(), expected.tolist())
-
     def test_the_cache_reads_each_token_once(self):
-        lengths = []
-        features = self.model.features
-
-        def watch(idx, cache=None):
-            lengths.append(idx.size(1))
-            return features(idx, cache)
-
-        with mock.patch.object(self.model, "features", watch):
+        features = mock.create_autospec(self.model.features, side_effect=self.model.features)
+        with mock.patch.object(self.model, "features", features):
             self.model.generate(self.idx, 8)
+        lengths = [call.args[0].size(1) for call in features.call_args_list]
         # Three tokens of prompt, five to fill the block, then the window slides.
         self.assertEqual(lengths, [3, 1, 1, 1, 1, 1, 8, 8])
 
     def test_a_long_text_costs_no_more_a_token_than_a_short_one(self):
-        # Nothing but the window is kept from token to token.
-        sizes = []
-        cat = torch.cat
-
-        def watch(tensors, dim):
-            result = cat(tensors, dim=dim)
-            sizes.append(result.size(1))
-            return result
-
-        with mock.patch("torch.cat", watch):
-            self.assertEqual(len(list(self.model.stream(self.idx, 60))), 60)
-        self.assertLessEqual(max(sizes), 9)
+        with mock.patch("torch.cat", wraps=torch.cat) as cat:
+            list(self.model.stream(self.idx, 60))
+        # A token is joined to the window, not to all that was written.
+        joined = [tensors[0].size(1) for (tensors,), _ in cat.call_args_list]
+        self.assertEqual((len(joined), max(joined)), (60, 8))
 
     def test_very_small_settings_are_greedy(self):
         expected = self.model.generate(self.idx, 9).tolist()
@@ -430,18 +367,10 @@ class Generate(unittest.TestCase):
         for i, tokens in enumerate(zip(*turns)):
             self.assertEqual(torch.cat(tokens).tolist(), expected[i][0][3:])
 
-        def write(prompt):
-            return self.model.generate(prompt, 12).tolist()
-
         with concurrent.futures.ThreadPoolExecutor(8) as threads:
-            self.assertEqual(list(threads.map(write, prompts * 3)), expected * 3)
+            written = threads.map(lambda prompt: self.model.generate(prompt, 12), prompts * 3)
+            self.assertEqual([idx.tolist() for idx in written], expected * 3)
         self.assertTrue(all(module.training for module in self.model.modules()))
-
-    def test_two_models_do_not_wait_for_each_other(self):
-        other = tiny_gpt()
-        with eval_mode(self.model), concurrent.futures.ThreadPoolExecutor(1) as threads:
-            written = threads.submit(other.generate, self.idx, 4).result(timeout=60)
-        self.assertEqual(written.shape, (2, 7))
 
     def test_bad_arguments_are_refused_at_the_call(self):
         idx = torch.zeros(1, 2, dtype=torch.long)
@@ -453,10 +382,8 @@ class Generate(unittest.TestCase):
             (idx, dict(max_new_tokens=1.5), "max_new_tokens=1.5"),
             (idx, dict(temperature=-1.0), "temperature=-1"),
             (idx, dict(temperature=math.nan), "temperature=nan"),
-            (idx, dict(temperature="hot"), "temperature='hot'"),
             (idx, dict(top_k=0), "top_k=0"),
             (idx, dict(top_p=0.0), "top_p=0"),
-            (idx, dict(top_p=1.5), "top_p=1.5"),
             (idx, dict(stop_token=11), "stop_token=11"),
         ):
             settings = dict(max_new_tokens=3, do_sample=True) | settings
@@ -472,33 +399,24 @@ def names_in(groups, model) -> list[str]:
 
 
 class Optimizer(unittest.TestCase):
-    def setUp(self):
-        self.config = Trainer.get_default_config()
-
-    def test_two_groups_hold_every_parameter_once(self):
-        for tie in (True, False):
+    def test_matrices_decay_and_muon_takes_those_of_the_blocks_never_the_head(self):
+        for optimizer, tie in itertools.product(("adamw", "muon"), (True, False)):
+            config = Trainer.get_default_config()
+            config.merge_from_dict(dict(optimizer=optimizer, momentum=0.7))
             model = tiny_gpt(tie_weights=tie)
-            decayed, free = model.configure_optimizers(self.config).param_groups
-            every = sorted(dict(model.named_parameters()))
-            self.assertEqual(names_in([decayed, free], model), every)
-            self.assertEqual((decayed["weight_decay"], free["weight_decay"]), (0.1, 0.0))
-            matrices = [name for name in every if ".c_" in name and name.endswith("weight")]
-            if not tie:
-                matrices.insert(0, "lm_head.weight")
-            self.assertEqual(names_in([decayed], model), matrices)
+            groups = model.configure_optimizers(config).param_groups
+            decayed = [group for group in groups if group["weight_decay"] == 0.1]
+            free = [group for group in groups if group["weight_decay"] == 0.0]
+            by_muon = [group for group in groups if group.get("momentum") == 0.7]
 
-    def test_muon_takes_the_matrices_of_the_blocks_never_the_head(self):
-        self.config.optimizer = "muon"
-        self.config.momentum = 0.7
-        model = tiny_gpt()
-        optimizer = model.configure_optimizers(self.config)
-        self.assertIsInstance(optimizer, torch.optim.Optimizer)
-        every = sorted(dict(model.named_parameters()))
-        self.assertEqual(names_in(optimizer.param_groups, model), every)
-        by_muon = [group for group in optimizer.param_groups if "momentum" in group]
-        matrices = [name for name in every if ".c_" in name and name.endswith("weight")]
-        self.assertEqual(names_in(by_muon, model), matrices)
-        self.assertEqual({group["momentum"] for group in by_muon}, {0.7})
+            every = sorted(dict(model.named_parameters()))
+            in_blocks = [name for name in every if ".c_" in name and name.endswith("weight")]
+            head = [] if tie else ["lm_head.weight"]
+            with self.subTest(optimizer, tie=tie):
+                self.assertEqual(names_in(decayed + free, model), every)
+                self.assertEqual(names_in(decayed, model), head + in_blocks)
+                expected = in_blocks if optimizer == "muon" else []
+                self.assertEqual(names_in(by_muon, model), expected)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ Models and vocabularies in and out: folders of every form, good and bad, and a h
 
 import fnmatch
 import functools
+import itertools
 import json
 import os
 import pickle
-import re
 import shutil
 import sys
 import unittest
@@ -55,28 +55,27 @@ def write_folder(folder: Path, model: GPT, form: str = "bin", **changes) -> None
         model_type="gpt2", vocab_size=c.vocab_size, n_positions=c.block_size, n_layer=c.n_layer,
         n_head=c.n_head, n_embd=c.n_embd, tie_word_embeddings=model.is_tied) | changes)
     weights = hub_weights(model)
-    kind = "safetensors" if "safetensors" in form else "bin"
-    save = save_file if kind == "safetensors" else torch.save
-    name = "model" if kind == "safetensors" else "pytorch_model"
+    path = folder / ("model.safetensors" if "safetensors" in form else "pytorch_model.bin")
+    save = save_file if path.suffix == ".safetensors" else torch.save
     if form.startswith("sharded"):
         index = {}
         for i in range(3):
-            file = f"{name}-{i + 1:05d}-of-00003.{kind}"
+            file = f"{path.stem}-{i + 1:05d}-of-00003{path.suffix}"
             part = dict(list(weights.items())[i::3])
             index |= dict.fromkeys(part, file)
             save(part, folder / file)
-        write_json(folder / f"{name}.{kind}.index.json", {"weight_map": index})
+        write_json(folder / f"{path.name}.index.json", {"weight_map": index})
         return
     if form == "base":
         # GPT2Model has no head, and OpenAI's names no prefix.
         weights = {key.removeprefix("transformer."): w for key, w in weights.items()}
     if form == "old":
-        # In the format before zip, with the masks that old transformers stored.
-        for layer in range(c.n_layer):
-            weights[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 8, 8).bool()
-            weights[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+        # In the format before zip, with masks and the head, also a tied one.
+        weights.setdefault("lm_head.weight", weights[WTE].clone())
+        for mask in ("bias", "masked_bias"):
+            weights[f"transformer.h.1.attn.{mask}"] = torch.ones(1, 1, 8, 8).bool()
         save = functools.partial(torch.save, _use_new_zipfile_serialization=False)
-    save(weights, folder / f"{name}.{kind}")
+    save(weights, path)
 
 
 class Seeded(Folder):
@@ -86,11 +85,12 @@ class Seeded(Folder):
 
     def refused(self, pattern: str, load=GPT.from_pretrained, error=ValueError) -> None:
         """A folder of strangers is refused in one line, which names the fault."""
-        with self.assertRaisesRegex(error, pattern) as caught:
-            load(self.folder)
-        self.assertNotIn("\n", str(caught.exception))
-        # Torch's text advises to load a file without its guard.
-        self.assertNotIn("weights_only", str(caught.exception))
+        with self.subTest(pattern):
+            with self.assertRaisesRegex(error, pattern) as caught:
+                load(self.folder)
+            self.assertNotIn("\n", str(caught.exception))
+            # Torch's text advises to load a file without its guard.
+            self.assertNotIn("weights_only", str(caught.exception))
 
 
 class Loading(Seeded):
@@ -106,34 +106,28 @@ class Loading(Seeded):
         return loaded
 
     def test_every_form_of_weights_loads(self):
-        for form in FORMS:
-            for tied in (True, False):
-                with self.subTest(form, tied=tied):
-                    model = tiny_gpt(tie_weights=tied)
-                    write_folder(self.folder / form / str(tied), model, form)
-                    self.assertEqual(self.check(model, f"{form}/{tied}").is_tied, tied)
+        for form, tied in itertools.product(FORMS, (True, False)):
+            with self.subTest(form, tied=tied):
+                model = tiny_gpt(tie_weights=tied)
+                write_folder(self.folder / form / str(tied), model, form)
+                self.assertEqual(self.check(model, f"{form}/{tied}").is_tied, tied)
 
     def test_the_head_decides_whether_the_model_is_tied(self):
-        model = tiny_gpt(tie_weights=True)
-        own = tiny_gpt()
-        # What config.json says, the model whose weights are stored, whether it is tied then.
-        for said, stored, tied in ((True, own, False), (False, own, False), (False, model, True)):
-            write_folder(self.folder, stored, tie_word_embeddings=said)
+        # Whatever config.json says.
+        for said, tied in itertools.product((True, False), repeat=2):
+            model = tiny_gpt(tie_weights=tied)
+            write_folder(self.folder, model, tie_word_embeddings=said)
             with self.subTest(said=said, tied=tied):
-                loaded = self.check(stored)
+                loaded = self.check(model)
                 self.assertEqual((loaded.is_tied, loaded.config.tie_weights), (tied, tied))
-        # A stored head that equals the embedding stays tied.
-        write_folder(self.folder, model)
-        weights = hub_weights(model)
-        torch.save(weights | {"lm_head.weight": weights[WTE]}, self.folder / "pytorch_model.bin")
-        self.assertTrue(self.check(model).is_tied)
 
     def test_a_subclass_keeps_what_it_makes_for_itself(self):
         class Sub(GPT):
             def __init__(self, config):
                 super().__init__(config)
                 self.register_buffer("places", torch.arange(3), persistent=False)
-        write_folder(self.folder, tiny_gpt())
+
+        Sub(tiny_gpt().config).save_pretrained(self.folder)
         loaded = Sub.from_pretrained(self.folder)
         self.assertIs(type(loaded), Sub)
         self.assertEqual(loaded.places.tolist(), [0, 1, 2])
@@ -147,7 +141,6 @@ class Loading(Seeded):
         idx = torch.randint(11, (4, 8))
         model(idx, idx)[1].backward()
         torch.optim.SGD(model.parameters(), lr=0.1).step()
-        self.assertTrue(model.is_tied)
         self.assertEqual((self.folder / "pytorch_model.bin").read_bytes(), before)
 
     def test_safetensors_are_preferred_and_home_is_known(self):
@@ -158,8 +151,7 @@ class Loading(Seeded):
 
     def test_a_package_that_is_missing_is_named(self):
         write_folder(self.folder, tiny_gpt(), "safetensors")
-        without = {"safetensors.torch": None, "huggingface_hub": None}
-        with mock.patch.dict(sys.modules, without):
+        with mock.patch.dict(sys.modules, {"safetensors.torch": None, "huggingface_hub": None}):
             for name in (self.folder, "owner/model"):
                 with self.assertRaisesRegex(ImportError, "pip install huggingface_hub safetens"):
                     GPT.from_pretrained(name)
@@ -171,10 +163,10 @@ class BadFolders(Seeded):
         self.model = tiny_gpt(tie_weights=True)
         write_folder(self.folder, self.model)
         self.config = self.folder / "config.json"
+        self.good = read_json(self.config)
         self.weights = self.folder / "pytorch_model.bin"
 
     def test_a_field_that_no_model_has_is_named(self):
-        good = read_json(self.config)
         sizes = ("n_head", "n_layer", "n_embd", "vocab_size", "n_positions")
         wrong = {size: [0, -2, "2", True, 8.5, None, [], float("nan")] for size in sizes}
         wrong["n_head"] += [5]
@@ -187,25 +179,22 @@ class BadFolders(Seeded):
         for field, values in wrong.items():
             named = "block_size" if field == "n_positions" else field
             for value in values:
-                write_json(self.config, good | {field: value})
-                with self.subTest(field=field, value=value):
+                write_json(self.config, self.good | {field: value})
+                with self.subTest(value=value):
                     self.refused(rf"config\.json.*{named}")
 
     def test_sizes_that_the_weights_do_not_have(self):
-        good = read_json(self.config)
         for changes in (dict(n_positions=9), dict(n_embd=48), dict(n_embd=3 * 10**9),
                         dict(vocab_size=10**15)):
-            write_json(self.config, good | changes)
-            with self.subTest(changes):
-                self.refused(r"config\.json and the weights in .* do not make a model")
+            write_json(self.config, self.good | changes)
+            self.refused(r"config\.json and the weights in .* do not make a model")
 
     def test_a_config_that_is_none(self):
         deep = b'{"n_layer":' * 50_000 + b"1" + b"}" * 50_000
         long = b'{"n_layer": ' + b"9" * 5000 + b"}"
         for content in (b"", b"[]", b"{", b"\xff\xfe\xff", b'{"a": "\xe9"}', deep, long):
             self.config.write_bytes(content)
-            with self.subTest(content[:20]):
-                self.refused(r"config\.json holds no JSON object")
+            self.refused(r"config\.json holds no JSON object")
 
     def test_tensors_that_make_no_model(self):
         state = hub_weights(self.model)
@@ -219,9 +208,8 @@ class BadFolders(Seeded):
             ({key: value for key, value in state.items() if key != layer}, layer),
             ({key: value for key, value in state.items() if key != WTE}, WTE),
         ):
-            with self.subTest(named):
-                torch.save(content, self.weights)
-                self.refused(named)
+            torch.save(content, self.weights)
+            self.refused(named)
 
     def test_a_file_that_holds_no_weights_runs_nothing(self):
         owned = str(self.folder / "owned")
@@ -234,11 +222,10 @@ class BadFolders(Seeded):
         pickled = pickle.dumps(Malicious(), protocol=2)
         torch.save(Malicious(), self.weights)
         contents = [b"", b"<html>", good[:100], good[:-100], pickled, self.weights.read_bytes()]
-        for name in ("pytorch_model.bin", "model.safetensors"):
-            for content in contents:
-                (self.folder / name).write_bytes(content)
-                with self.subTest(name, content=content[:10]):
-                    self.refused(f"{name} cannot be read as weights")
+        names = ("pytorch_model.bin", "model.safetensors")
+        for name, content in itertools.product(names, contents):
+            (self.folder / name).write_bytes(content)
+            self.refused(f"{name} cannot be read as weights")
         self.assertFalse(os.path.exists(owned))
 
     def test_an_index_names_files_of_its_folder_only(self):
@@ -250,18 +237,14 @@ class BadFolders(Seeded):
             ({WTE: "missing.bin"}, "missing.bin cannot be read"), ({WTE: ".."}, "cannot be read"),
         ):
             write_json(self.folder / "pytorch_model.bin.index.json", {"weight_map": content})
-            with self.subTest(content):
-                self.refused(named)
+            self.refused(named)
 
     def test_a_name_that_is_no_folder_cannot_leave_the_cache(self):
-        # Nothing that lies around here may have one of the names.
-        empty = self.folder / "some" / "where"
-        empty.mkdir(parents=True)
         self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(empty)
-        for name in ("", "nothing", "./out", "../model", "~/nowhere/x", "/nowhere/model", "a/b/c",
-                     "out\\model", "a/..", "../x/..", "owner/.git", "owner/model\n", "out/",
-                     "a\0/b", "x" * 5000, str(self.config)):
+        os.chdir(self.folder)
+        for name in ("", "nothing", "./out", "../no/model", "~/nowhere/x", "/nowhere/model",
+                     "a/b/c", "out\\model", "a/..", "../no/..", "owner/.git", "owner/model\n",
+                     "out/", "a\0/b", "x" * 5000, str(self.config)):
             with self.subTest(name), mock.patch("huggingface_hub.snapshot_download") as fetch:
                 for load in (GPT.from_pretrained, lambda name: load_encoder(name, 50257)):
                     with self.assertRaisesRegex(FileNotFoundError, "there is no folder"):
@@ -278,11 +261,6 @@ class Saving(Seeded):
         return GPT.from_pretrained(self.folder), read_json(self.folder / "config.json")
 
     def test_the_same_model_comes_back(self):
-        class Sub(GPT):
-            pass
-        exact = tiny_gpt()
-        for block in exact.transformer.h:
-            block.mlp.act = nn.GELU()
         untied = tiny_gpt(tie_weights=True)
         untied.lm_head.weight = nn.Parameter(untied.transformer.wte.weight.detach() * 2)
         # Two parameters on the same memory are not one parameter.
@@ -295,14 +273,13 @@ class Saving(Seeded):
         twice = tiny_gpt()
         twice.transformer.h[1] = twice.transformer.h[0]
         idx = torch.randint(11, (2, 8))
-        for model in (tiny_gpt(tie_weights=True), tiny_gpt(n_layer=3, resid_pdrop=0.0), exact,
-                      Sub(tiny_gpt().config).eval(), untied, shared, plain, twice):
+        for model in (tiny_gpt(tie_weights=True), tiny_gpt(n_layer=3, resid_pdrop=0.0),
+                      untied, shared, plain, twice):
             for form in ("safetensors", "bin"):
-                loaded, config = self.save(model, form)
+                loaded, _ = self.save(model, form)
                 with torch.no_grad():
                     torch.testing.assert_close(loaded(idx)[0], model(idx)[0])
                 self.assertEqual(loaded.is_tied, model.is_tied)
-                self.assertEqual(config["tie_word_embeddings"], model.is_tied)
                 self.assertEqual(loaded.config.resid_pdrop, model.config.resid_pdrop)
 
     def test_precision_and_end_token_are_kept(self):
@@ -321,44 +298,38 @@ class Saving(Seeded):
             def forward(self, x):
                 return x * torch.sigmoid(1.702 * x)
 
-        own = tiny_gpt(n_layer=1)
-        own.transformer.h[0].mlp.act = QuickGELU()
-        self.refused("transformer.h.0.mlp.act.forward is not GPT-2's", own.save_pretrained)
-        # The name in the message, and the part that is set: module, name, new part.
-        for named, module, name, part in (
-            ("transformer.h.1.mlp.act", "transformer.h.1.mlp", "act", nn.SiLU()),
-            ("transformer.h.1.mlp.act", "transformer.h.1.mlp", "act", nn.GELU()),
-            ("transformer.h.0.ln_1", "transformer.h.0", "ln_1", nn.RMSNorm(16)),
-            ("transformer.ln_f.eps", "transformer.ln_f", "eps", 1e-6),
-            ("lm_head.bias", "", "lm_head", nn.Linear(16, 11)),
-            ("lm_head.weight", "", "lm_head", nn.Linear(16, 12, bias=False)),
-            ("extra", "", "extra", nn.Linear(2, 2)),
-            ("scale", "", "scale", nn.Parameter(torch.ones(1))),
-            ("transformer.h.0.mlp", "transformer.h.0", "mlp", nn.Sequential(nn.Linear(16, 16))),
-            ("transformer.h.0.attn.mask", "transformer.h.0.attn", "bias", torch.ones(1, 1, 8, 8)),
-            ("transformer.h.2", "transformer.h", "2", Block(tiny_gpt().config)),
-            ("transformer.h.1.mlpf", "transformer.h.1", "mlpf", lambda x: x),
-            ("transformer.h.0.ln_1.forward", "transformer.h.0.ln_1", "forward", lambda x: x),
-            ("transformer.h.0.attn.n_head", "transformer.h.0.attn", "n_head", 1),
+        for name, part in (
+            ("transformer.h.0.mlp.act", QuickGELU()),
+            ("transformer.h.1.mlp.act", nn.SiLU()), ("transformer.h.1.mlp.act", nn.GELU()),
+            ("transformer.h.0.ln_1", nn.RMSNorm(16)), ("transformer.ln_f.eps", 1e-6),
+            ("lm_head", nn.Linear(16, 11)), ("lm_head", nn.Linear(16, 12, bias=False)),
+            ("extra", nn.Linear(2, 2)), ("scale", nn.Parameter(torch.ones(1))),
+            ("transformer.h.0.mlp", nn.Sequential(nn.Linear(16, 16))),
+            ("transformer.h.2", Block(tiny_gpt().config)),
+            ("transformer.h.1.mlpf", lambda x: x),
+            ("transformer.h.0.ln_1.forward", lambda x: x),
+            ("transformer.h.0.attn.n_head", 1),
         ):
             model = tiny_gpt()
-            setattr(model.get_submodule(module), name, part)
-            with self.subTest(named):
-                self.refused(f"this model: {named}.* is not GPT-2's", model.save_pretrained)
+            module, _, field = name.rpartition(".")
+            setattr(model.get_submodule(module), field, part)
+            self.refused(f"this model: {name}.* is not GPT-2's", model.save_pretrained)
+        ahead = tiny_gpt()
+        ahead.transformer.h[0].attn.bias = torch.ones(1, 1, 8, 8)
+        self.refused("this model: .*attn.mask is not GPT-2's", ahead.save_pretrained)
         self.assertEqual(list(self.folder.iterdir()), [])
 
     def test_an_earlier_model_is_replaced(self):
         others = {"tokenizer.json", "model-notes.txt", "my_model.safetensors"}
-        for form in FORMS[:4]:
-            for name in ("model.safetensors", "pytorch_model.bin"):
-                with self.subTest(form, name=name):
-                    write_folder(self.folder, tiny_gpt(n_layer=3), form)
-                    for other in (*others, "generation_config.json"):
-                        (self.folder / other).write_text("stays")
-                    self.save(tiny_gpt(), Path(name).suffix[1:])
-                    self.assertEqual(set(os.listdir(self.folder)), {"config.json", name, *others})
-                    modes = {(self.folder / file).stat().st_mode for file in ("config.json", name)}
-                    self.assertEqual(len(modes), 1)
+        for form, name in itertools.product(FORMS[:4], ("model.safetensors", "pytorch_model.bin")):
+            with self.subTest(form, name=name):
+                write_folder(self.folder, tiny_gpt(n_layer=3), form)
+                for other in (*others, "generation_config.json"):
+                    (self.folder / other).write_text("stays")
+                self.save(tiny_gpt(), Path(name).suffix[1:])
+                self.assertEqual(set(os.listdir(self.folder)), {"config.json", name, *others})
+                modes = {(self.folder / file).stat().st_mode for file in ("config.json", name)}
+                self.assertEqual(len(modes), 1)
 
     def test_a_save_that_fails_changes_nothing(self):
         write_folder(self.folder, tiny_gpt(), "sharded bin")
@@ -389,13 +360,14 @@ class Transformers(Seeded):
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
 
-    def test_it_reads_and_writes_the_same_models(self):
+    def test_it_reads_and_writes_the_same_models_and_texts(self):
         from transformers import GPT2Config, GPT2LMHeadModel
         for tied, activation in ((True, "gelu_new"), (False, "gelu")):
             config = GPT2Config(vocab_size=61, n_positions=20, n_embd=24, n_layer=2, n_head=3,
                                 tie_word_embeddings=tied, activation_function=activation,
                                 bos_token_id=None, eos_token_id=None, initializer_range=0.2)
-            theirs = GPT2LMHeadModel(config).eval()
+            # Float64 leaves no near ties to rounding.
+            theirs = GPT2LMHeadModel(config).double().eval()
             theirs.save_pretrained(self.folder)
             ours = GPT.from_pretrained(self.folder)
             ours.save_pretrained(self.folder)
@@ -403,9 +375,12 @@ class Transformers(Seeded):
             idx = torch.randint(61, (2, 20))
             with torch.no_grad():
                 expected = theirs(idx).logits
-                torch.testing.assert_close(ours(idx)[0], expected, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(ours(idx)[0], expected, atol=1e-9, rtol=1e-9)
                 torch.testing.assert_close(again(idx).logits, expected)
             self.assertEqual(ours.is_tied, tied)
+            prompt = idx[:, :5]
+            written = theirs.generate(prompt, max_new_tokens=15, do_sample=False)
+            self.assertEqual(ours.generate(prompt, 15).tolist(), written.tolist())
 
     def test_it_reads_and_writes_the_same_vocabularies(self):
         from tokenizers import ByteLevelBPETokenizer
@@ -421,15 +396,11 @@ class Transformers(Seeded):
             tokenizer = GPT2Tokenizer.from_pretrained(self.folder / name)
             tokenizer.add_special_tokens({"additional_special_tokens": ["<user>"]})
             tokenizer.add_tokens(["Köln"])
-            # Transformers 5 writes tokenizer.json alone; old ones wrote merges as texts.
+            # Transformers 5 writes tokenizer.json alone.
             tokenizer.save_pretrained(self.folder / f"{name} added")
-            content = read_json(self.folder / f"{name} added" / "tokenizer.json")
-            content["model"]["merges"] = list(map(" ".join, content["model"]["merges"]))
-            (self.folder / f"{name} old").mkdir()
-            write_json(self.folder / f"{name} old" / "tokenizer.json", content)
             save_encoder(load_encoder(self.folder / f"{name} added", rows),
                          self.folder / f"{name} again")
-            for kind in ("", " added", " old", " again"):
+            for kind in ("", " added", " again"):
                 folder = self.folder / f"{name}{kind}"
                 write_json(folder / "config.json", {"model_type": "gpt2"})
                 encoder = load_encoder(folder, rows)
@@ -437,7 +408,6 @@ class Transformers(Seeded):
                 with self.subTest(name=name, kind=kind):
                     self.assertEqual(tokens, AutoTokenizer.from_pretrained(folder).encode(SAMPLE))
                     self.assertEqual(encoder.decode(tokens), SAMPLE)
-                    self.assertEqual("Köln" in encoder.special_tokens, kind != "")
 
 
 class Vocabularies(Seeded):
@@ -462,19 +432,21 @@ class Vocabularies(Seeded):
         self.refused("put its tokenizer.json there", 50304)
         for name in ("spiece.model", "vocab.txt", "tokenizer.model", "vocab.json", "merges.txt"):
             (self.folder / name).write_text("of another kind")
-            with self.subTest(name):
-                self.refused("put its tokenizer.json there", 50257)
+            self.refused("put its tokenizer.json there", 50257)
             (self.folder / name).unlink()
 
     def test_another_tokenizer_is_refused_in_one_line(self):
         good = {
             "normalizer": None,
             "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-            "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
+            "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}},
         }
         path = self.folder / "tokenizer.json"
-        write_json(path, good)
-        self.assertEqual(load_encoder(self.folder, 3).encode("abba"), [2, 1, 0])
+        # Old files have a merge as one text.
+        for merges in ([["a", "b"]], ["a b"]):
+            good["model"]["merges"] = merges
+            write_json(path, good)
+            self.assertEqual(load_encoder(self.folder, 3).encode("abba"), [2, 1, 0])
         for part, changes, named in (
             ("normalizer", {"type": "NFC"}, "normalizer .* type = 'NFC'"),
             ("pre_tokenizer", None, "pre_tokenizer .* type = None"),
@@ -495,11 +467,9 @@ class Vocabularies(Seeded):
         ):
             changed = (good[part] or {}) | changes if isinstance(changes, dict) else changes
             write_json(path, good | {part: changed})
-            with self.subTest(part=part, changes=changes):
-                self.refused(named, 3)
-        for content in (b"", b"[]", b"{", b"\xff"):
-            path.write_bytes(content)
-            self.refused("tokenizer.json holds no JSON object", 3)
+            self.refused(named, 3)
+        write_json(path, [])
+        self.refused("tokenizer.json holds no JSON object", 3)
 
     def test_broken_vocabulary_files_are_refused_in_one_line(self):
         save_encoder(byte_encoder(), self.folder)
@@ -551,15 +521,6 @@ class Hub(Seeded):
         pattern = "^there is no folder 'owner/model', and the hub does not give it: .*model'$"
         with self.assertRaisesRegex(OSError, pattern):
             GPT.from_pretrained("owner/model")
-
-
-@unittest.skipUnless(os.environ.get("MINGPT_TEST_HUB"), "MINGPT_TEST_HUB=1 fetches gpt2")
-class RealHub(unittest.TestCase):
-    def test_gpt2_continues_as_in_the_tests_of_transformers(self):
-        idx = torch.tensor([get_encoder().encode("The dog")])
-        expected = [464, 3290, 373, 1043, 287, 257, 2214, 1474, 262, 16246, 286, 2688, 290, 2688,
-                    27262, 13, 198, 198, 464, 3290]
-        self.assertEqual(GPT.from_pretrained("gpt2").generate(idx, 18)[0].tolist(), expected)
 
 
 if __name__ == "__main__":

@@ -91,10 +91,11 @@ class Projects(WorkingFolder):
         (self.folder / "same.txt").write_text("a" * 99, encoding="utf-8")
         (self.folder / "dialogs.txt").write_text("ping\npong\n\n" * 3, encoding="utf-8")
 
-    def test_help_names_every_setting(self):
+    def test_each_says_how_it_is_run_and_help_names_every_setting(self):
         for name in SCRIPTS:
             with self.subTest(name):
                 module = load(name)
+                self.assertIn(f"    python projects/{name}", module.__doc__)
                 status, printed, errors = run_here(module.main, "--help")
                 self.assertEqual((status, errors), (0, ""))
                 if hasattr(module, "get_config"):
@@ -109,11 +110,6 @@ class Projects(WorkingFolder):
                 self.assertEqual((status, errors.count("\n")), (2, 1), printed + errors)
                 self.assertRegex(errors, f"^error: .*{message}")
                 self.assertEqual(sorted(self.folder.iterdir()), before)
-
-    def test_each_says_how_it_is_run(self):
-        for name in SCRIPTS:
-            docstring = (PROJECTS / name).read_text(encoding="utf-8").split('"""')[1]
-            self.assertIn(f"    python projects/{name}", docstring)
 
     def test_a_run_at_toy_size_ends_well(self):
         for name, settings, expected in RUNS:

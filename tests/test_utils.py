@@ -4,6 +4,7 @@ Configuration, seeds, the log, eval mode, files that are complete or absent, scr
     python -m unittest tests/test_utils.py
 """
 
+import concurrent.futures
 import contextlib
 import doctest
 import importlib.util
@@ -13,7 +14,6 @@ import logging
 import os
 import random
 import sys
-import threading
 import unittest
 from unittest import mock
 
@@ -135,22 +135,19 @@ class SeedsAndModes(unittest.TestCase):
         self.assertEqual([module.training for module in net.modules()], before)
 
     def test_threads_take_turns_at_one_model_only(self):
-        net, other = torch.nn.Dropout(), torch.nn.Dropout()
-        entered = {net: threading.Event(), other: threading.Event()}
+        net = torch.nn.Dropout()
+        other = torch.nn.Dropout()
 
         def enter(module):
             with eval_mode(module):
-                entered[module].set()
+                return True
 
-        threads = [threading.Thread(target=enter, args=[module]) for module in (net, other)]
-        with eval_mode(net):
-            for thread in threads:
-                thread.start()
-            self.assertTrue(entered[other].wait(60))
-            self.assertFalse(entered[net].is_set())
-        for thread in threads:
-            thread.join()
-        self.assertTrue(entered[net].is_set() and net.training)
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            with eval_mode(net):
+                waiting = threads.submit(enter, net)
+                self.assertTrue(threads.submit(enter, other).result(timeout=60))
+                self.assertFalse(waiting.done())
+        self.assertTrue(waiting.result() and net.training)
 
 
 class Log(Folder):
