@@ -68,10 +68,7 @@ TOKENIZER_CHOICES: dict[str, dict[str, tuple]] = {
 
 
 class SkipInit(TorchFunctionMode):
-    """Draws no fresh weights, as others are about to replace them.
-
-    They would cost seconds, and random numbers that the caller's seed is for.
-    """
+    """Draws no fresh weights: they would cost seconds, and random numbers of the caller's seed."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -103,7 +100,7 @@ def load_pretrained(cls: Any, name: str | Path) -> Any:
             raise ValueError(f"n_layer is {config.n_layer!r}, but {len(layers)} have weights")
         with SkipInit():
             model = cls(config)
-        # safetensors maps its files into memory, so a weight is read when it is first used.
+        # safetensors maps its files: a weight is read when it is first used.
         state = {key: _transpose(key, tensor) for key, tensor in tensors.items()}
         model.load_state_dict(state, assign=True)
     except (ValueError, RuntimeError) as error:
@@ -146,8 +143,8 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
     for a model with a part that GPT-2 lacks, since no such folder can hold it.
     """
     _check_parts(model)
-    # Of torch's forms of GELU, "none" is the exact one.
-    is_exact = getattr(model.transformer.h[0].mlp.act, "approximate", "tanh") == "none"
+    activation = model.transformer.h[0].mlp.act
+    is_exact = isinstance(activation, nn.GELU) and activation.approximate == "none"
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
