@@ -93,7 +93,9 @@ class Encoder:
                 self.token_bytes[number] = bytes([self.byte_decoder[c] for c in token])
         if special_tokens is not None:
             self.special_tokens.update(special_tokens)
-        self.token_bytes |= {n: t.encode("utf-8") for t, n in self.special_tokens.items()}
+        for token, number in self.special_tokens.items():
+            # A number of the vocabulary keeps its meaning.
+            self.token_bytes.setdefault(number, token.encode("utf-8"))
         self.decoder = {n: t for t, n in chain(encoder.items(), self.special_tokens.items())}
         # <|endoftext|> stands between two texts. None: the vocabulary lacks it.
         self.eot_token = self.special_tokens.get("<|endoftext|>")
@@ -196,12 +198,13 @@ class Encoder:
         words = WORD.findall(text)
         for word in words:
             spelled = self._spell(word)
+            tokens = self._encode_word(word)
             parts.append({
                 "token": word,
                 "token_bytes": bytes([self.byte_decoder[c] for c in spelled]),
                 "token_translated": spelled,
-                "token_merged": self._merge(spelled),
-                "token_ix": list(self._encode_word(word)),
+                "token_merged": [self.decoder[token] for token in tokens],
+                "token_ix": list(tokens),
             })
         return {"bpe_idx": self.encode(text), "tokens": words, "parts": parts}
 
@@ -249,7 +252,7 @@ def _read(name: str, sha256: str) -> str:
 
     Downloads it if it is missing or damaged there; OSError if that fails.
     """
-    path = Path(os.environ.get("MINGPT_CACHE") or Path.home() / ".cache" / "mingpt") / name
+    path = Path(os.environ.get("MINGPT_CACHE") or "~/.cache/mingpt").expanduser() / name
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content).hexdigest() == sha256:
         return content.decode("utf-8")

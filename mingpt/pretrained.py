@@ -12,13 +12,11 @@ vocab.json and merges.txt.
 """
 
 import contextlib
-import copy
 import json
 import math
 import os
 import re
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +60,15 @@ TOKENIZER_CHOICES: dict[str, dict[str, tuple]] = {
     "normalizer": {"type": (None,)},
     "pre_tokenizer": {"type": ("ByteLevel",), "add_prefix_space": (False,), "use_regex": (True,)},
     "model": {"type": ("BPE",), "continuing_subword_prefix": (None, ""),
-              "end_of_word_suffix": (None, ""), "byte_fallback": (False,)},
+              "end_of_word_suffix": (None, ""), "byte_fallback": (False,),
+              "ignore_merges": (False,)},
 }
 
-# -----------------------------------------------------------------------------
-# Models
+# ---- Models ------------------------------------------------------------------
 
 
 class SkipInit(TorchFunctionMode):
-    """Draws no fresh weights, as others are about to replace them.
-
-    They would cost seconds, and random numbers that the caller's seed is for.
-    """
+    """Draws no fresh weights: they would cost seconds, and random numbers of the caller's seed."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -105,7 +100,7 @@ def load_pretrained(cls: Any, name: str | Path) -> Any:
             raise ValueError(f"n_layer is {config.n_layer!r}, but {len(layers)} have weights")
         with SkipInit():
             model = cls(config)
-        # Files are mapped into memory, so a weight is read when it is first used.
+        # safetensors maps its files: a weight is read when it is first used.
         state = {key: _transpose(key, tensor) for key, tensor in tensors.items()}
         model.load_state_dict(state, assign=True)
     except (ValueError, RuntimeError) as error:
@@ -130,11 +125,9 @@ def crop_model(model: Any, block_size: int, vocab_size: int) -> None:
     Rows without a token, where a vocabulary is padded, could be drawn otherwise.
     """
     t = model.transformer
-    is_tied = model.is_tied
     for module, size in ((t.wpe, block_size), (t.wte, vocab_size), (model.lm_head, vocab_size)):
-        module.weight = nn.Parameter(module.weight.detach()[:size])  # (rows, C) -> (size, C)
-    if is_tied:
-        model.tie_weights()
+        # A copy, since a view would keep all rows in memory and in checkpoints.
+        module.weight.data = module.weight.data[:size].clone()  # (rows, C) -> (size, C)
     t.wpe.num_embeddings = block_size
     t.wte.num_embeddings = vocab_size
     model.lm_head.out_features = vocab_size
@@ -155,7 +148,7 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
     config = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "n_positions": model.block_size,
+        "n_positions": model.config.block_size,
         "activation_function": "gelu" if is_exact else "gelu_new",
         "tie_word_embeddings": model.is_tied,
         "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
@@ -202,8 +195,8 @@ def _check_parts(model: Any) -> None:
     logger.disabled = True
     try:
         # "meta" is a device without memory.
-        with torch.device("meta"), SkipInit():
-            gpt2 = GPT(copy.copy(model.config))
+        with torch.device("meta"):
+            gpt2 = GPT(model.config)
     finally:
         logger.disabled = was_disabled
 
@@ -224,8 +217,8 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     parts: dict[str, Any] = {name: tensor.shape for name, tensor in model.state_dict().items()}
     # A module that stands in several places counts in each.
     for name, module in model.named_modules(remove_duplicate=False):
-        # Dropout computes nothing when a model is used.
-        if isinstance(module, nn.Dropout):
+        # They compute nothing when a model is used.
+        if isinstance(module, (nn.Dropout, nn.Identity)):
             continue
         # A whole model may compute a loss of its own.
         forward = "features" if module is model else "forward"
@@ -239,8 +232,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     return parts
 
 
-# -----------------------------------------------------------------------------
-# Vocabularies
+# ---- Vocabularies ------------------------------------------------------------
 
 
 def load_encoder(name: str | Path, vocab_size: int | None = None) -> Encoder:
@@ -321,8 +313,7 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-# -----------------------------------------------------------------------------
-# Folders and files
+# ---- Folders and files -------------------------------------------------------
 
 
 def _find_folder(name: str | Path) -> Path:
@@ -403,9 +394,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
             from safetensors.torch import load_file
             tensors = load_file(path)
         else:
-            # The oldest files are no zip archives and cannot be mapped into memory.
-            is_zip = zipfile.is_zipfile(path)
-            tensors = dict(torch.load(path, "cpu", weights_only=True, mmap=is_zip))
+            tensors = dict(torch.load(path, "cpu", weights_only=True))
     except ImportError:
         raise ImportError(f"to read {path}: {INSTALL}") from None
     except Exception:

@@ -139,6 +139,8 @@ class Merges(unittest.TestCase):
         patched.bpe = lambda token: " ".join(token)
         for encoder in (Characters(*parts), patched):
             self.assertEqual(encoder.encode("abab"), [0, 1, 0, 1])
+            work = encoder.encode_and_show_work("ab")
+            self.assertEqual(work["parts"][0]["token_merged"], ["a", "b"])
 
 
 class Special(unittest.TestCase):
@@ -163,6 +165,9 @@ class Special(unittest.TestCase):
         # The longer of two counts.
         self.assertEqual(encoder.encode("<|é|> xa", added), [50258, 64])
         self.assertEqual(encoder.decode(ENCODER.encode("hello the")), "hello the")
+        # A number of the vocabulary keeps its meaning.
+        encoder = Encoder(ENCODER.encoder, ENCODER.bpe_ranks, special_tokens={"Ġthe": 262})
+        self.assertEqual(encoder.decode([262]), " the")
 
     def test_text_in_the_vocabulary_itself_is_a_special_token(self):
         encoder = Encoder({"a": 0, "<|a b|>": 1, "世": 2}, [], special_tokens={EOT: 3})
@@ -241,7 +246,8 @@ class Download(Server):
         get = requests.get
         self.good = dict(body="vocabulary é".encode() * 1000)
         self.path = self.folder / "in" / "a.txt"
-        self.patch(mock.patch.dict(os.environ, MINGPT_CACHE=str(self.path.parent)),
+        home = str(self.folder)
+        self.patch(mock.patch.dict(os.environ, MINGPT_CACHE="~/in", HOME=home, USERPROFILE=home),
                    mock.patch("mingpt.bpe.SOURCE", self.address + "/"),
                    mock.patch("requests.get", lambda url, timeout: get(url, timeout=0.4)))
 

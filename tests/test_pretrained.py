@@ -23,7 +23,7 @@ from torch import nn
 from common import Folder, get_encoder, tiny_gpt, vocabulary_folder
 from mingpt.bpe import Encoder, bytes_to_unicode
 from mingpt.model import GPT, Block
-from mingpt.pretrained import load_encoder, save_encoder
+from mingpt.pretrained import crop_model, load_encoder, save_encoder
 from numpy_gpt import compute_logits, openai_layout
 
 WTE = "transformer.wte.weight"
@@ -270,17 +270,34 @@ class Saving(Seeded):
         plain = tiny_gpt()
         plain.transformer.drop = nn.Dropout(0.1).eval()
         plain.transformer.h[0].attn.bias
+        plain.transformer.h[1].mlp.dropout = nn.Identity()
+        # Cut by hand, as nanoGPT cuts its model.
+        cut = tiny_gpt(block_size=12)
+        cut.config.block_size = 8
+        cut.transformer.wpe.weight = nn.Parameter(cut.transformer.wpe.weight[:8])
         twice = tiny_gpt()
         twice.transformer.h[1] = twice.transformer.h[0]
         idx = torch.randint(11, (2, 8))
         for model in (tiny_gpt(tie_weights=True), tiny_gpt(n_layer=3, resid_pdrop=0.0),
-                      untied, shared, plain, twice):
+                      untied, shared, plain, cut, twice):
             for form in ("safetensors", "bin"):
                 loaded, _ = self.save(model, form)
                 with torch.no_grad():
                     torch.testing.assert_close(loaded(idx)[0], model(idx)[0])
                 self.assertEqual(loaded.is_tied, model.is_tied)
                 self.assertEqual(loaded.config.resid_pdrop, model.config.resid_pdrop)
+
+    def test_a_cropped_model_holds_what_is_left_and_nothing_more(self):
+        for tied in (True, False):
+            model = tiny_gpt(tie_weights=tied).requires_grad_(False)
+            logits = model(torch.arange(5)[None])[0]
+            crop_model(model, 5, 9)
+            torch.testing.assert_close(model(torch.arange(5)[None])[0], logits[..., :9])
+            self.assertEqual(model.is_tied, tied)
+            for name, weight in model.named_parameters():
+                self.assertFalse(weight.requires_grad)
+                self.assertEqual(weight.untyped_storage().nbytes(), weight.nbytes, name)
+            self.assertEqual(self.save(model)[0].config.block_size, 5)
 
     def test_precision_and_end_token_are_kept(self):
         for eos in (7, None):
@@ -455,6 +472,7 @@ class Vocabularies(Seeded):
             ("pre_tokenizer", {"use_regex": False}, "use_regex = False"),
             ("model", {"type": "Unigram"}, "model .* type = 'Unigram'"),
             ("model", {"byte_fallback": True}, "byte_fallback = True"),
+            ("model", {"ignore_merges": True}, "ignore_merges = True"),
             ("model", {"end_of_word_suffix": "</w>"}, "end_of_word_suffix = '</w>'"),
             ("model", {"vocab": {"a": 3}}, "'a' has the number 3, but the model has 3 rows"),
             ("model", {"vocab": {"a": "x"}}, "the number 'x'"),
