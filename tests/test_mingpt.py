@@ -89,8 +89,7 @@ class Scripts(unittest.TestCase):
         lines = []
         def report(trainer):
             if trainer.iter_num % 10 == 0:
-                lines.append(f"iter {trainer.iter_num}: {trainer.loss.item():.5f}, "
-                             f"{trainer.iter_dt * 1000:.2f} ms")
+                lines.append(f"iter {trainer.iter_num}: {trainer.loss.item():.5f}")
         trainer.set_callback("on_batch_end", report)
         trainer.run()
 
@@ -115,10 +114,7 @@ class Scripts(unittest.TestCase):
         self.assertTrue(torch.equal(block.mlpf(x), block.mlp(x)))
 
     def test_the_config_is_completed_and_builds_a_second_model(self):
-        config = GPT.get_default_config()
-        config.model_type = "gpt-nano"
-        config.vocab_size = 11
-        config.block_size = 8
+        config = tiny_config(model_type="gpt-nano", n_layer=None, n_head=None, n_embd=None)
         expected = vars(config) | dict(n_layer=3, n_head=3, n_embd=48)
         first = GPT(config)
         self.assertEqual(vars(config), expected)
@@ -538,13 +534,6 @@ class Callbacks(unittest.TestCase):
         trainer.run()
         self.assertEqual(calls, [0, "mine", 1, "mine"])
         trainer.trigger_callbacks("on_nothing")
-
-    def test_they_see_the_gradients(self):
-        for kind in (Trainer, Run):
-            trainer = make_trainer(kind=kind, max_iters=2)
-            seen = record(trainer, lambda trainer: trainer.model.lm_head.weight.grad.any().item())
-            trainer.run()
-            self.assertEqual(seen, [True, True])
 
 
 class Rates(unittest.TestCase):

@@ -225,17 +225,17 @@ class Stops(Folder):
             # Windows delivers it a moment later.
             time.sleep(0.01)
 
-        whole, parts = (make_run(with_dropout(), work_dir=self.folder / name, max_iters=6,
-                                 log_interval=1) for name in ("whole", "parts"))
-        whole.run()
-        at_step(parts, 2, interrupt)
+        expected = make_run(with_dropout(), max_iters=6)
+        expected.run()
+        run = make_run(with_dropout(), max_iters=6, work_dir=self.folder, log_interval=1)
+        at_step(run, 2, interrupt)
         with self.assertRaises(KeyboardInterrupt):
-            parts.run()
-        self.assertEqual(read_checkpoint(parts.work_dir / "checkpoint.pt")["iter_num"], 3)
-        parts.run()
-        self.assertTrue(torch.equal(weights(parts.model), weights(whole.model)))
-        self.assertEqual(read_metrics(parts.work_dir, *TIMES),
-                         read_metrics(whole.work_dir, *TIMES))
+            run.run()
+        self.assertEqual(read_checkpoint(self.folder / "checkpoint.pt")["iter_num"], 3)
+        run.run()
+        self.assertTrue(torch.equal(weights(run.model), weights(expected.model)))
+        self.assertEqual([row["iteration"] for row in read_metrics(self.folder)],
+                         [1, 2, 3, 4, 5, 6])
         self.assertIs(signal.getsignal(signal.SIGINT), signal.default_int_handler)
 
 
@@ -265,8 +265,6 @@ class Resume(Folder):
                 self.assertEqual(rest, draws[7:])
 
     def test_goes_on_from_a_checkpoint_of_a_callback(self):
-        expected = make_run(max_iters=6)
-        expected.run()
         run = make_run(max_iters=6)
         path = self.folder / "sub" / "mine.pt"
         at_step(run, 2, lambda run: run.save_checkpoint(path))
@@ -276,7 +274,7 @@ class Resume(Folder):
         other = make_run(max_iters=6)
         other.load_checkpoint(path)
         other.run()
-        self.assertTrue(torch.equal(weights(other.model), weights(expected.model)))
+        self.assertTrue(torch.equal(weights(other.model), weights(run.model)))
 
     def test_keeps_the_seed_the_scale_and_the_best(self):
         def resume(losses, **settings):
@@ -325,41 +323,39 @@ class Resume(Folder):
 
     def test_a_refused_one_changes_nothing(self):
         make_run(max_iters=3, work_dir=self.folder, log_interval=1).run()
-        good = read_checkpoint(self.folder / "checkpoint.pt")
-        torch.save({"iter_num": 3, "model": good["model"]}, self.folder / "foreign.pt")
+        saved = self.folder / "checkpoint.pt"
+        foreign = self.folder / "foreign.pt"
+        torch.save({"iter_num": 3, "model": read_checkpoint(saved)["model"]}, foreign)
         files = contents(self.folder)
 
         plain = gpt_with(lambda parameters: torch.optim.SGD(parameters, lr=1.0))
-        for settings, message in (
-            (dict(model=plain), "another optimizer"),
-            (dict(optimizer="muon"), "another optimizer"),
-            (dict(max_iters=3), "has 3 steps already and max_iters=3"),
-            (dict(model=no_dropout(n_embd=8)), r"lm_head.weight is \(5, 16\) in the file and .*8"),
-            (dict(model=Regression(), train_dataset=LINE), "another model"),
-            (dict(work_dir=self.folder / "none"), "no checkpoint at .*none"),
+        smaller = no_dropout(n_embd=8)
+        for run, path, message in (
+            (make_run(plain), saved, "another optimizer"),
+            (make_run(optimizer="muon"), saved, "another optimizer"),
+            (make_run(smaller), saved, r"lm_head.weight is \(5, 16\) in the file and .*8"),
+            (make_run(Regression(), LINE), saved, "another model"),
+            (make_run(), foreign, "foreign.pt is no checkpoint"),
+            (make_run(), self.folder / "none.pt", "no checkpoint at .*none"),
         ):
-            given = dict(max_iters=5, work_dir=self.folder, resume=True) | settings
+            before = weights(run.model)
+            state = torch.get_rng_state()
             with self.subTest(message), self.assertRaisesRegex(ValueError, message):
-                make_run(**given)
-        run = make_run(no_dropout(n_embd=8))
-        before = weights(run.model)
-        state = torch.get_rng_state()
-        for name in ("foreign.pt", "checkpoint.pt"):
-            with self.assertRaisesRegex(ValueError, name):
-                run.load_checkpoint(self.folder / name)
-        self.assertTrue(torch.equal(weights(run.model), before))
-        self.assertTrue(torch.equal(torch.get_rng_state(), state))
+                run.load_checkpoint(path)
+            self.assertTrue(torch.equal(weights(run.model), before))
+            self.assertTrue(torch.equal(torch.get_rng_state(), state))
+        with self.assertRaisesRegex(ValueError, "has 3 steps already and max_iters=3"):
+            make_run(max_iters=3, work_dir=self.folder, resume=True)
         self.assertEqual(contents(self.folder), files)
 
     def test_a_fresh_run_sets_the_old_one_aside_once_it_starts(self):
         make_run(max_iters=3, work_dir=self.folder, log_interval=1).run()
         files = contents(self.folder)
 
-        broken = gpt_with(lambda parameters: torch.optim.SGD([]))
+        broken = gpt_with(mock.Mock(side_effect=ValueError("no optimizer")))
         odd = gpt_with(lambda parameters: torch.optim.SGD(
             [dict(params=parameters, lr=0.1, note=object())]))
-        for model, message in ((broken, "empty parameter list"),
-                               (odd, r"got a object as .*\['note'\]")):
+        for model, message in ((broken, "no optimizer"), (odd, r"got a object as .*\['note'\]")):
             with self.assertRaisesRegex(ValueError, message):
                 make_run(model, work_dir=self.folder).run()
             self.assertEqual(contents(self.folder), files)
@@ -486,20 +482,26 @@ class Signals(Folder):
                 os.killpg(group, 0)
                 time.sleep(0.05)
 
-    def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(self):
-        expected = train()
-        for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)):
-            args = (f"--work_dir={self.folder / number.name}", "--trainer.num_workers=1")
-            with Script(train_script.main, *args, "--pause=0.05") as script:
-                group = script.children[0].pid
+    def test_a_signal_to_one_process_finishes_the_step_saves_and_the_resume_is_exact(self):
+        expected = {1: train(), 2: train(count=2)}
+        for count, number, code in (
+            (1, signal.SIGTERM, 143), (1, signal.SIGINT, 130), (1, signal.SIGHUP, 129),
+            (2, signal.SIGTERM, 143), (2, signal.SIGINT, 130),
+        ):
+            args = (f"--work_dir={self.folder}/{count}{number.name}", "--trainer.num_workers=1")
+            with Script(train_script.main, *args, "--pause=0.05", count=count) as script:
+                group = script.children[-1].pid
                 script.wait_for("step      2")
                 # torchrun, SLURM and systemd send it to the whole group, with the workers.
                 os.killpg(group, number)
-                self.assertEqual(script.wait(), [code])
+                codes = script.wait()
+                self.assertEqual(codes[-1], code)
+                self.assertNotIn(0, codes)
                 self.assertRegex(script.printed(), r"stopped after step \d+; saved, "
                                                    r"--trainer.resume=True continues")
                 self.assert_group_ends(group)
-            self.assertEqual(train(*args, "--trainer.resume=True"), expected)
+            resumed = train(*args, "--trainer.resume=True", count=count)
+            self.assertEqual(resumed, expected[count])
 
     def test_a_second_signal_ends_it_at_once(self):
         with Script(train_script.main, f"--work_dir={self.folder}", "--pause=30") as script:
@@ -580,18 +582,6 @@ class Processes(Folder):
                 self.run_in(count, f"{optimizer}{count}", f"--trainer.optimizer={optimizer}",
                             *settings)
                 self.assert_equal_runs(f"{optimizer}{count}", f"{optimizer}1")
-
-    def test_a_signal_to_one_is_enough_and_the_resume_is_exact(self):
-        expected = train(count=2)
-        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-            args = (f"--work_dir={self.folder / number.name}",)
-            with Script(train_script.main, *args, "--pause=0.05", count=2) as script:
-                script.wait_for("step      3")
-                os.kill(script.children[1].pid, number)
-                codes = script.wait()
-            self.assertEqual(codes[1], code)
-            self.assertNotEqual(codes[0], 0)
-            self.assertEqual(train(*args, "--trainer.resume=True", count=2), expected)
 
     def test_they_agree_on_a_seed_and_on_the_end(self):
         printed = run_forked(stop_in_last, f"--work_dir={self.folder}", count=3)

@@ -128,8 +128,6 @@ class Loop(unittest.TestCase):
         self.assertGreater(trainer.iter_dt, 0)
 
     def test_a_wrong_setting_is_named(self):
-        alone = Regression()
-        alone.forward = lambda x, y: alone.layer(x)
         for settings in (
             dict(grad_accum_steps=1.5), dict(batch_size=0), dict(max_iters=math.nan),
             dict(num_workers=10**9), dict(warmup_iters=-1), dict(grad_norm_clip=-1.0),
@@ -144,17 +142,16 @@ class Loop(unittest.TestCase):
             name = next(iter(settings))
             with self.subTest(**settings), self.assertRaisesRegex(ValueError, f"got {name}="):
                 make_trainer(**settings).run()
-        for words, parts in (("empty", dict(train_dataset=Subset(LINE, []))),
-                             ("a pair", dict(model=alone, train_dataset=LINE))):
+        for words, model, dataset in (("empty", Regression(), Subset(LINE, [])),
+                                      ("a pair", torch.nn.Bilinear(3, 1, 1), LINE)):
             with self.subTest(words), self.assertRaisesRegex(ValueError, words):
-                make_trainer(**parts).run()
+                make_trainer(model, dataset).run()
 
     def test_bfloat16_is_taken_only_where_a_gpu_has_it_by_itself(self):
-        for has in (True, False):
+        for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
             # Older GPUs emulate it.
             with mock.patch("torch.cuda.is_bf16_supported",
                             lambda including_emulation=True: including_emulation or has):
-                expected = torch.bfloat16 if has else torch.float32
                 self.assertEqual(processes.choose_dtype("auto", "cuda"), expected)
         self.assertEqual(processes.choose_dtype("auto", "cpu"), torch.float32)
 
