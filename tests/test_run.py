@@ -33,10 +33,9 @@ TIMES = ("seconds", "tokens_per_second")
 
 
 def make_run(model=None, train_dataset=None, val_dataset=None, work_dir="", **settings) -> Run:
-    config = Run.get_default_config()
-    usual = dict(device="cpu", batch_size=8, max_iters=10, seed=5, log_interval=0,
-                 eval_batches=1, learning_rate=1e-2)
-    config.merge_from_dict(usual | settings)
+    usual = dict(device="cpu", batch_size=8, max_iters=10, seed=5, learning_rate=1e-2,
+                 log_interval=0, eval_batches=1)
+    config = CfgNode(**usual | settings)
     model = no_dropout() if model is None else model
     dataset = Pairs() if train_dataset is None else train_dataset
     return Run(config, model, dataset, val_dataset, work_dir=work_dir)
@@ -488,7 +487,9 @@ class Signals(Folder):
             (1, signal.SIGTERM, 143), (1, signal.SIGINT, 130), (1, signal.SIGHUP, 129),
             (2, signal.SIGTERM, 143), (2, signal.SIGINT, 130),
         ):
-            args = (f"--work_dir={self.folder}/{count}{number.name}", "--trainer.num_workers=1")
+            workers = 1 if count == 1 else 0
+            args = (f"--work_dir={self.folder}/{count}{number.name}",
+                    f"--trainer.num_workers={workers}")
             with Script(train_script.main, *args, "--pause=0.05", count=count) as script:
                 group = script.children[-1].pid
                 script.wait_for("step      2")

@@ -17,7 +17,7 @@ from common import tiny_config
 from mingpt import processes
 from mingpt.model import GPT
 from mingpt.trainer import Trainer
-from mingpt.utils import set_seed
+from mingpt.utils import CfgNode, set_seed
 from train_script import Masked, Pairs
 
 
@@ -29,9 +29,8 @@ def no_dropout(**changes) -> GPT:
 
 
 def make_trainer(model=None, train_dataset=None, **settings) -> Trainer:
-    config = Trainer.get_default_config()
     usual = dict(device="cpu", batch_size=8, max_iters=10, seed=5, learning_rate=1e-2)
-    config.merge_from_dict(usual | settings)
+    config = CfgNode(**usual | settings)
     model = no_dropout() if model is None else model
     return Trainer(config, model, Pairs() if train_dataset is None else train_dataset)
 
