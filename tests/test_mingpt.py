@@ -539,16 +539,15 @@ class Callbacks(unittest.TestCase):
 class Rates(unittest.TestCase):
     def test_written_by_a_callback_also_after_an_interruption(self):
         def halve(trainer):
-            used.append(rates(trainer))
             for group in trainer.optimizer.param_groups:
                 group["lr"] *= 0.5
-            if len(used) == 2:
+            if trainer.iter_num == 1:
                 raise KeyboardInterrupt
 
         for kind in (Trainer, Run):
-            used = []
             trainer = make_trainer(kind=kind, learning_rate=0.01)
-            trainer.set_callback("on_batch_end", halve)
+            used = record(trainer, rates)
+            trainer.add_callback("on_batch_end", halve)
             with self.assertRaises(KeyboardInterrupt):
                 trainer.run()
             trainer.run()
@@ -559,15 +558,11 @@ class Rates(unittest.TestCase):
             trainer.scheduler = torch.optim.lr_scheduler.StepLR(
                 trainer.optimizer, step_size=1, gamma=0.5)
 
-        def step(trainer):
-            used.append(rates(trainer)[0])
-            trainer.scheduler.step()
-
         for optimizer in ("adamw", "muon"):
-            used = []
             trainer = make_trainer(learning_rate=1e-2, optimizer=optimizer)
             trainer.set_callback("on_train_start", start)
-            trainer.set_callback("on_batch_end", step)
+            used = record(trainer, lambda trainer: rates(trainer)[0])
+            trainer.add_callback("on_batch_end", lambda trainer: trainer.scheduler.step())
             trainer.run()
             self.assertEqual(used, [1e-2, 5e-3, 2.5e-3, 1.25e-3])
 
