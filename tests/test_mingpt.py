@@ -535,6 +535,12 @@ class Callbacks(unittest.TestCase):
         self.assertEqual(calls, [0, "mine", 1, "mine"])
         trainer.trigger_callbacks("on_nothing")
 
+    def test_they_see_the_gradients(self):
+        trainer = make_trainer(max_iters=2)
+        seen = record(trainer, lambda trainer: trainer.model.lm_head.weight.grad.any().item())
+        trainer.run()
+        self.assertEqual(seen, [True, True])
+
 
 class Rates(unittest.TestCase):
     def test_written_by_a_callback_also_after_an_interruption(self):
