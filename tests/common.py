@@ -119,7 +119,7 @@ def run_here(main: Callable, *args) -> tuple[int, str, str]:
     return status, printed.getvalue(), errors.getvalue()
 
 
-def _be_a_script(main: Callable, args: list[str], output: str, environment: dict) -> None:
+def _be_a_script(main: Callable, args: tuple, output: str, environment: dict) -> None:
     """Calls main(args) in a child as a script would: with files for its output and its own end."""
     with open(output, "ab") as file:
         os.dup2(file.fileno(), 1)
@@ -133,7 +133,7 @@ def _be_a_script(main: Callable, args: list[str], output: str, environment: dict
     os.environ.update(environment)
     torch.set_num_threads(1)
     logging.getLogger("mingpt").setLevel(logging.INFO)
-    sys.argv = [f"{main.__module__}.py", *args]
+    sys.argv = [f"{main.__module__}.py", *map(str, args)]
 
     # The exit handlers so far are the parent's: they would remove its folders.
     atexit._clear()
@@ -157,24 +157,23 @@ class Script:
     several. They share one output. `with` ends them all.
     """
 
-    def __init__(self, main: Callable, *args, count: int = 1, **environment):
+    def __init__(self, main: Callable, *args, count: int = 1):
         # The first step of an optimizer loads this for a second: here once, not in each child.
         from torch import _dynamo  # noqa: F401
         file, self.output = tempfile.mkstemp()
         os.close(file)
-        self.children = []
+        environments = [{}]
         if count > 1:
             # Port 0 is any free port. The store serves in this process, so the port stays taken.
             self.store = torch.distributed.TCPStore(
                 "127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            environment |= dict(
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.store.port),
-                WORLD_SIZE=str(count), TORCHELASTIC_USE_AGENT_STORE="True",
-            )
-        for rank in range(count):
-            ranks = dict(RANK=str(rank), LOCAL_RANK=str(rank)) if count > 1 else {}
-            given = (main, list(map(str, args)), self.output, environment | ranks)
-            self.children.append(PROCESSES.Process(target=_be_a_script, args=given))
+            environments = [dict(
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.store.port), RANK=str(rank),
+                LOCAL_RANK=str(rank), WORLD_SIZE=str(count), TORCHELASTIC_USE_AGENT_STORE="True",
+            ) for rank in range(count)]
+        self.children = [
+            PROCESSES.Process(target=_be_a_script, args=(main, args, self.output, environment))
+            for environment in environments]
         with warnings.catch_warnings():
             # Python warns of a fork beside threads: the store has one, and it needs none of it.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -218,14 +217,14 @@ class Script:
         return [child.exitcode for child in self.children]
 
 
-def run_forked(main: Callable, *args, count: int = 1, check: bool = True, **environment) -> str:
+def run_forked(main: Callable, *args, count: int = 1, check: bool = True) -> str:
     """Runs the main of a script in `count` children to its end; returns what they printed.
 
     A fork beside threads, such as the store's, may hang before it begins (seen once in some
     700 forks). It is then made once more.
     """
     for seconds in (60, 120):
-        with Script(main, *args, count=count, **environment) as script:
+        with Script(main, *args, count=count) as script:
             try:
                 codes = script.wait(seconds)
             except AssertionError:

@@ -71,7 +71,7 @@ def digest(model: torch.nn.Module) -> str:
 
 def main(args: list[str]) -> None:
     config = CfgNode(trainer=Run.get_default_config(), work_dir="", pause=0.0, dropout=0.1,
-                     masked=False, nan_at=0, die_after=0, threads=False)
+                     masked=False, die_after=0, threads=False)
     config.trainer.merge_from_dict(dict(
         batch_size=8, max_iters=30, learning_rate=3e-3, log_interval=1, device="cpu", seed=5))
     config.merge_from_args(args)
@@ -91,9 +91,6 @@ def main(args: list[str]) -> None:
         time.sleep(config.pause)
         # A callback may draw from any generator: these states are restored, too.
         np.random.rand()
-        if config.nan_at and run.iter_num == config.nan_at:
-            with torch.no_grad():
-                run.model.transformer.wte.weight.fill_(torch.nan)
 
     run.add_callback("on_batch_end", on_batch_end)
     if config.die_after:
