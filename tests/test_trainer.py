@@ -302,7 +302,10 @@ class Interruptions(unittest.TestCase):
 
     def test_an_error_is_no_interruption(self):
         for error, expected in ((KeyboardInterrupt, [2, 3]), (ZeroDivisionError, [0, 1, 2, 3])):
-            trainer = self.left_by(error)
+            with self.assertLogs("mingpt", "INFO") as logged:
+                trainer = self.left_by(error)
+            self.assertEqual("run() goes on from there" in logged.output[-1],
+                             error is KeyboardInterrupt)
             steps = record(trainer, lambda trainer: trainer.iter_num)
             trainer.run()
             self.assertEqual(steps, expected)
