@@ -270,6 +270,14 @@ class GPT(nn.Module):
         head = weights.get("lm_head.weight")
         return head is not None and head is weights.get("transformer.wte.weight")
 
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Loads weights. If all have to be there, the embedding stands in for a missing head."""
+        name = "lm_head.weight"
+        wte = state_dict.get("transformer.wte.weight")
+        if strict and wte is not None and name in self.state_dict() and name not in state_dict:
+            state_dict = {**state_dict, name: wte.clone()}
+        return super().load_state_dict(state_dict, strict, assign)
+
     def features(self, idx: Tensor, cache: list[KVCache] | None = None) -> Tensor:
         """Computes all but the output layer: tokens (B, T) -> residual stream (B, T, C).
 
@@ -408,7 +416,7 @@ def complete_config(config: CN, complete: CN) -> CN:
     """
     known = list(vars(complete))
     for name in [*known, *vars(config)]:
-        if hasattr(config, name) and not name.startswith("__"):
+        if hasattr(config, name) and not name.startswith("_"):
             setattr(complete, name, getattr(config, name))
     fill_in(complete, {}, known, "GPT")
     model_type = complete.model_type
@@ -425,18 +433,16 @@ def complete_config(config: CN, complete: CN) -> CN:
 
 
 def _adapt_state_dict(model: GPT, state: dict, prefix: str, *args) -> None:
-    """Lets weights load with or without a head of their own, and with minGPT's masks."""
+    """Lets weights load with a head of their own, and with minGPT's masks."""
     own = model.state_dict(prefix=prefix)
     for key in list(state):
         if key.endswith((".attn.bias", ".attn.masked_bias")) and key not in own:
             del state[key]
-    name = prefix + "lm_head.weight"
+    head = state.get(prefix + "lm_head.weight")
     wte = state.get(prefix + "transformer.wte.weight")
-    if wte is None or name not in own or own[name].shape != wte.shape:
+    if not model.is_tied or head is None or wte is None or head is wte:
         return
-    if name not in state:
-        state[name] = wte.clone()
-    elif model.is_tied and state[name] is not wte and not torch.equal(state[name], wte):
-        model.lm_head.weight = nn.Parameter(torch.empty_like(own[name]))
+    if head.shape == model.lm_head.weight.shape and not torch.equal(head, wte):
+        model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
         model.config.tie_weights = False
         logger.info("these weights have a head of their own, so it is not tied any more")
