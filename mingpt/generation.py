@@ -171,15 +171,14 @@ def can_cache(model: Any) -> bool:
     blocks = getattr(model.transformer, "h", None)
     if not blocks or type(model).__call__ is not nn.Module.__call__:
         return False
-    parts = []
     for block in blocks:
         attention = getattr(block, "attn", block)
         # Attention by a mask of its own may look ahead.
         if getattr(attention, "_mask", None) is not None:
             return False
-        parts += [block, attention]
-    takes_all = all(takes_cache(part.forward) for part in parts)
-    return takes_all and all(map(is_known, model.modules()))
+        if not takes_cache(block.forward) or not takes_cache(attention.forward):
+            return False
+    return all(map(is_known, model.modules()))
 
 
 def is_known(module: nn.Module) -> bool:

@@ -145,9 +145,9 @@ class Trainer:
                     start = time.perf_counter()
                     self.step(network, next(batches))
                     self.trigger_callbacks("on_batch_end")
-                    # A callback may have set it, to end the run for example.
-                    self.iter_num += 1
-                    self.steps_done = self.iter_num
+                    # A callback may end the run by a high iter_num.
+                    self.steps_done = max(self.steps_done, self.iter_num)
+                    self.iter_num = self.steps_done
                     self.iter_time = time.perf_counter()
                     self.iter_dt = self.iter_time - start
                     self.after_step()
