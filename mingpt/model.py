@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from mingpt.generation import KVCache, at_least_float32, has_hooks, one_by_one, write
 from mingpt.muon import join_muon
-from mingpt.utils import CN, CfgNode, check_config, eval_mode, fill_in, logger
+from mingpt.utils import CN, check_config, eval_mode, fill_in, logger
 
 if TYPE_CHECKING:
     from typing_extensions import Self
