@@ -40,7 +40,7 @@ def write(model: Any, idx: Tensor, max_new_tokens: int, temperature: float, do_s
     """Checks the settings of GPT.generate and returns the new tokens, (B, 1) each."""
     # A vocabulary of one's own may be unknown.
     wte = getattr(model.transformer, "wte", None)
-    V = getattr(wte, "num_embeddings", math.inf)
+    V = wte.weight.size(0) if isinstance(wte, nn.Embedding) else math.inf
     if idx.dim() != 2 or idx.size(1) == 0:
         raise ValueError(f"got a prompt of shape {tuple(idx.shape)}, "
                          "expected (B, T) with one token or more a row")
@@ -153,11 +153,10 @@ class KVCache:
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds T tokens, (B, nh, T, hs) each; returns all, (B, nh, length, hs) each."""
+        B, nh, T, hs = k.shape
         if self.k is None or self.v is None:
-            B, nh, T, hs = k.shape
             self.k = k.new_empty(B, nh, self.max_length, hs)
             self.v = v.new_empty(B, nh, self.max_length, hs)
-        T = k.size(2)
         self.k.narrow(2, self.length, T).copy_(k)
         self.v.narrow(2, self.length, T).copy_(v)
         self.length += T
@@ -170,17 +169,16 @@ def can_cache(model: Any) -> bool:
     A part of one's own takes part by an argument `cache=None` of its forward.
     """
     blocks = getattr(model.transformer, "h", None)
-    if blocks is None or type(model).__call__ is not nn.Module.__call__:
+    if not blocks or type(model).__call__ is not nn.Module.__call__:
         return False
-    parts = []
     for block in blocks:
         attention = getattr(block, "attn", block)
         # Attention by a mask of its own may look ahead.
         if getattr(attention, "_mask", None) is not None:
             return False
-        parts += [block, attention]
-    takes_all = all(takes_cache(part.forward) for part in parts)
-    return takes_all and all(map(is_known, model.modules()))
+        if not takes_cache(block.forward) or not takes_cache(attention.forward):
+            return False
+    return all(map(is_known, model.modules()))
 
 
 def is_known(module: nn.Module) -> bool:

@@ -27,7 +27,7 @@ from typing_extensions import Self
 
 from mingpt.generation import KVCache, at_least_float32, has_hooks, one_by_one, write
 from mingpt.muon import join_muon
-from mingpt.utils import CN, CfgNode, check_config, eval_mode, fill_in, logger
+from mingpt.utils import CN, check_config, eval_mode, fill_in, logger
 
 
 class NewGELU(nn.Module):
@@ -405,7 +405,7 @@ def complete_config(config: CN, complete: CN) -> CN:
     """
     known = list(vars(complete))
     for name in [*known, *vars(config)]:
-        if hasattr(config, name) and not name.startswith("__"):
+        if hasattr(config, name) and not name.startswith("_"):
             setattr(complete, name, getattr(config, name))
     fill_in(complete, {}, known, "GPT")
     model_type = complete.model_type
@@ -431,9 +431,11 @@ def _adapt_state_dict(model: GPT, state: dict, prefix: str, *args) -> None:
     wte = state.get(prefix + "transformer.wte.weight")
     if wte is None or name not in own or own[name].shape != wte.shape:
         return
-    if name not in state:
+    # Where more than the head is missing, only a part is meant to be loaded.
+    if own.keys() - state.keys() == {name}:
         state[name] = wte.clone()
-    elif model.is_tied and state[name] is not wte and not torch.equal(state[name], wte):
+    head = state.get(name, wte)
+    if model.is_tied and head is not wte and not torch.equal(head, wte):
         model.lm_head.weight = nn.Parameter(torch.empty_like(own[name]))
         model.config.tie_weights = False
         logger.info("these weights have a head of their own, so it is not tied any more")

@@ -31,8 +31,9 @@ RULES = (  # names of settings, test of a value, what is expected
     ("max_iters lr_decay_iters", lambda v: v is None or v >= 0, "a number from 0 on, or None"),
     ("num_workers", lambda v: v == int(v) and 0 <= v <= 256, "a whole number from 0 to 256"),
     ("seed", lambda v: v is None or v == int(v) >= 0, "a whole number from 0 on, or None"),
-    ("learning_rate min_lr weight_decay grad_norm_clip warmup_iters",
-     lambda v: 0 <= v < math.inf, "a number from 0 on"),
+    ("learning_rate min_lr weight_decay warmup_iters", lambda v: 0 <= v < math.inf,
+     "a finite number from 0 on"),
+    ("grad_norm_clip", lambda v: v >= 0, "a number from 0 on"),
     ("betas", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v), "two numbers below 1"),
     ("momentum", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
     ("dtype", lambda v: v in ("auto", "float32", "bfloat16", "float16"),
@@ -77,7 +78,7 @@ class Trainer:
     def __init__(self, config: CN, model: nn.Module, train_dataset: Any):
         """Moves the model to its device. Settings that `config` lacks get their default.
 
-        Raises ValueError for a setting or a dataset that does not fit.
+        Raises ValueError for a setting that does not fit.
         """
         defaults = vars(self.get_default_config())
         fill_in(config, defaults, [*defaults, *RUN_FIELDS], "Trainer")
@@ -103,7 +104,6 @@ class Trainer:
         if config.batch_size % parts:
             raise ValueError(f"got batch_size={config.batch_size}, expected a multiple of {parts}, "
                              "the number of processes times grad_accum_steps")
-        count_examples(train_dataset)
         self.train_dataset = train_dataset
         self.model: Any = model.to(self.device)
         logger.info(f"running on device {self.device}")
@@ -136,7 +136,10 @@ class Trainer:
             callback(self)
 
     def run(self) -> None:
-        """Trains for max_iters steps. A run that Ctrl-C interrupted goes on where it was."""
+        """Trains for max_iters steps. A run that Ctrl-C interrupted goes on where it was.
+
+        Raises ValueError for a dataset without examples.
+        """
         network = self.begin()
         self.trigger_callbacks("on_train_start")
         try:
@@ -145,6 +148,8 @@ class Trainer:
                     start = time.perf_counter()
                     self.step(network, next(batches))
                     self.trigger_callbacks("on_batch_end")
+                    # A callback may end the run by a high iter_num.
+                    self.steps_done = max(self.steps_done, self.iter_num)
                     self.iter_num = self.steps_done
                     self.iter_time = time.perf_counter()
                     self.iter_dt = self.iter_time - start
@@ -160,6 +165,7 @@ class Trainer:
 
     def begin(self) -> Callable:
         """Makes the optimizer; returns the network to train, the model as it is or wrapped."""
+        count_examples(self.train_dataset)
         before = self.optimizer
         self.optimizer = self.make_optimizer()
         if self.goes_on:
@@ -319,7 +325,9 @@ class Trainer:
         """Sets the learning rates of this step. Without a schedule they are left alone."""
         if self.config.schedule != "constant" or self.config.warmup_iters > 0:
             for group in self.optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * self.schedule(self.steps_done)
+                # A callback may have brought this group.
+                rate = group.setdefault("initial_lr", group["lr"])
+                group["lr"] = rate * self.schedule(self.steps_done)
 
     def after_step(self) -> None:
         """Does what comes after each step: here nothing, in Run a lot."""

@@ -189,8 +189,8 @@ def fill_in(config, defaults: dict, known: Iterable[str], owner: str) -> None:
         # The class of the configuration may have it.
         setattr(config, name, getattr(config, name, value))
     for name, value in list(vars(config).items()):
-        # A class that serves as a configuration has __module__ and other fields of Python's.
-        if not name.startswith("__"):
+        # Classes that serve as configurations have fields of their own, such as __module__.
+        if not name.startswith("_"):
             setattr(config, name, _to_python(value))
             if name not in known:
                 logger.warning(f"{owner} does not use {name}{_suggest(name, known)}")

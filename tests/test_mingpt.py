@@ -125,12 +125,16 @@ class Scripts(unittest.TestCase):
         class Sizes:
             model_type = None
             n_layer, n_head, n_embd, vocab_size, block_size = 2, 2, 16, 11, 8
+            # Libraries of configurations keep fields of their own.
+            _parent = None
 
         class Settings:
             device, max_iters, batch_size, num_workers = "cpu", 2, 4, 0
             learning_rate, betas, weight_decay, grad_norm_clip = 5e-4, (0.9, 0.95), 0.1, 1.0
 
-        trainer = Trainer(Settings, GPT(Sizes), Counting())
+        model = GPT(Sizes)
+        self.assertNotIn("_parent", vars(model.config))
+        trainer = Trainer(Settings, model, Counting())
         trainer.run()
         self.assertEqual(trainer.iter_num, 2)
         parts = SimpleNamespace(n_embd=16, n_head=2, block_size=8, attn_pdrop=0.1, resid_pdrop=0.1)
@@ -193,10 +197,21 @@ class Weights(WithModel):
             torch.testing.assert_close(model(self.idx)[0], self.model(self.idx)[0])
 
     def test_a_larger_vocabulary_in_a_finished_model(self):
+        layers = tiny_gpt()
+        layers.transformer.wte = nn.Embedding(13, 16)
+        layers.lm_head = nn.Linear(16, 13, bias=False)
+        matrices = tiny_gpt()
+        matrices.transformer.wte.weight = nn.Parameter(torch.randn(13, 16))
+        matrices.lm_head.weight = nn.Parameter(torch.randn(13, 16))
+        for model in (layers, matrices):
+            self.assertEqual(model.generate(torch.tensor([[12, 11]]), 3).shape, (1, 5))
+
+    def test_an_embedding_alone_leaves_the_head_as_it_is(self):
         model = tiny_gpt()
-        model.transformer.wte = nn.Embedding(13, 16)
-        model.lm_head = nn.Linear(16, 13, bias=False)
-        self.assertEqual(model.generate(torch.tensor([[12, 11]]), 3).shape, (1, 5))
+        before = model.lm_head.weight.detach().clone()
+        part = {"transformer.wte.weight": torch.randn(11, 16)}
+        self.assertIn("lm_head.weight", model.load_state_dict(part, strict=False).missing_keys)
+        self.assertTrue(torch.equal(model.lm_head.weight, before))
 
 
 class Subclasses(WithModel):
@@ -298,6 +313,10 @@ class Blocks(WithModel):
                 make_trainer(model, max_iters=2).run()
                 self.assertTrue(all(p.grad.any() for p in part.parameters()))
                 self.check_generation(model.eval())
+
+    def test_without_any_it_writes(self):
+        self.model.transformer.h = nn.ModuleList()
+        self.check_generation(self.model)
 
     def test_a_formula_of_ones_own_counts(self):
         def add_up(q, k, v):
@@ -524,6 +543,16 @@ class OwnLoop(unittest.TestCase):
         self.assertEqual(seen, [0, 1, 2, 3])
 
 
+    def test_without_a_dataset(self):
+        class Mine(Trainer):
+            def run(self):
+                self.trigger_callbacks("on_mine")
+
+        Mine(Trainer.get_default_config(), GPT(tiny_config()), None).run()
+        with self.assertRaisesRegex(ValueError, "has no length"):
+            Trainer(Trainer.get_default_config(), GPT(tiny_config()), None).run()
+
+
 class Callbacks(unittest.TestCase):
     def test_set_replaces_add_adds_and_any_event_may_have_some(self):
         trainer = make_trainer(max_iters=2)
@@ -535,6 +564,13 @@ class Callbacks(unittest.TestCase):
         trainer.run()
         self.assertEqual(calls, [0, "mine", 1, "mine"])
         trainer.trigger_callbacks("on_nothing")
+
+    def test_they_may_set_iter_num_to_end_the_run(self):
+        for kind in (Trainer, Run):
+            trainer = make_trainer(kind=kind, max_iters=100)
+            trainer.set_callback("on_batch_end", lambda trainer: setattr(trainer, "iter_num", 100))
+            trainer.run()
+            self.assertEqual(len(trainer.train_dataset.drawn), 4)
 
     def test_they_see_the_gradients(self):
         trainer = make_trainer(max_iters=2)
@@ -593,6 +629,28 @@ class Rates(unittest.TestCase):
         trainer.run()
         expected = [[1e-4 * (1 - step / 4), 1e-2 * (1 - step / 4)] for step in range(4)]
         torch.testing.assert_close(used, expected)
+
+    def test_groups_that_a_callback_brings_follow_a_schedule(self):
+        extra = nn.Parameter(torch.ones(3))
+
+        def add(trainer):
+            trainer.optimizer.add_param_group(dict(params=[extra], lr=1e-2))
+
+        def replace(trainer):
+            trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1e-2)
+
+        def load(trainer):
+            plain = torch.optim.AdamW([dict(params=group["params"], lr=1e-2)
+                                       for group in trainer.optimizer.param_groups])
+            trainer.optimizer.load_state_dict(plain.state_dict())
+
+        for bring in (add, replace, load):
+            with self.subTest(bring.__name__):
+                trainer = make_trainer(schedule="linear")
+                trainer.set_callback("on_train_start", bring)
+                used = record(trainer, lambda trainer: rates(trainer)[-1])
+                trainer.run()
+                torch.testing.assert_close(used, [1e-2 * (1 - step / 4) for step in range(4)])
 
 
 class Runs(unittest.TestCase):
