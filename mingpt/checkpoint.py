@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mingpt.utils import CfgNode, replacing
+from mingpt.utils import CfgNode, replacing, to_python
 
 # Types that torch.load(weights_only=True) reads.
 PLAIN_TYPES = (str, int, float, bool, bytes, type(None))
@@ -35,10 +35,9 @@ PLAIN_TYPES = (str, int, float, bool, bytes, type(None))
 def save_checkpoint(path: str | Path, content: dict) -> None:
     """Writes a checkpoint beside `path`, then renames it. Makes the folder."""
     path = Path(path).expanduser()
-    content = make_plain(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part, open(part, "wb") as file:
-        torch.save(content, file)
+        torch.save(make_plain(content), file)
 
 
 def make_plain(value: Any, name: str = "checkpoint") -> Any:
@@ -87,7 +86,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def plain_settings(config: Any) -> dict:
     """Returns the settings of a configuration as JSON has them; other values as texts."""
-    settings = dict(getattr(config, "__dict__", config))
+    settings = dict(vars(config)) if hasattr(config, "__dict__") else config
     return json.loads(json.dumps(settings, default=_as_json, skipkeys=True))
 
 
@@ -158,7 +157,8 @@ def set_random_state(state: dict, device_type: str) -> None:
 
 
 def finite_or_none(value: Any) -> Any:
-    """Returns None for a float that JSON cannot hold."""
+    """Returns a number as Python's own, but None for a float that JSON cannot hold."""
+    value = to_python(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -118,7 +118,9 @@ class TokenDataset(Dataset):
         return self._windows(indices)
 
     def _windows(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        wanted = np.array(indices)[:, None] * self.stride  # (B, 1)
+        # A range refuses numbers past its end, and counts back from it.
+        all_starts = range(0, len(self) * self.stride, self.stride)
+        wanted = np.array([all_starts[index] for index in indices])[:, None]  # (B, 1)
         starts = np.minimum(wanted, self.last_start)  # (B, 1)
         places = starts + np.arange(self.block_size + 1)  # (B, T + 1)
         windows = self.tokens[places].astype(np.int64)  # (B, T + 1)
@@ -128,8 +130,7 @@ class TokenDataset(Dataset):
         return torch.from_numpy(windows[:, :-1]), torch.from_numpy(targets)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        # A range refuses numbers past its end, and counts back from it.
-        x, y = self._windows([range(len(self))[index]])  # (1, T)
+        x, y = self._windows([index])  # (1, T)
         return x[0], y[0]
 
 
@@ -176,8 +177,8 @@ def load_batches(dataset, index_lists: Iterable[list[int]], num_workers: int = 0
 
 
 def _collate(examples):
-    # A tuple is a batch that the dataset has built.
-    return examples if isinstance(examples, tuple) else default_collate(examples)
+    # All but a list of examples is a batch that the dataset has built.
+    return default_collate(examples) if isinstance(examples, list) else examples
 
 
 def _ignore_signals(worker: int) -> None:

@@ -98,6 +98,8 @@ class JoinedOptimizer(torch.optim.Optimizer):
             part.param_groups = [next(groups) for _ in part.param_groups]
             part.state = self.state
             part.step()
+        if next(groups, None) is not None:
+            raise ValueError("got a group that none of the joined optimizers trains")
 
 
 def join_muon(groups: list[dict], in_blocks: set, stacked: set, config) -> JoinedOptimizer:
@@ -106,7 +108,7 @@ def join_muon(groups: list[dict], in_blocks: set, stacked: set, config) -> Joine
     groups: AdamW's two groups, the matrices first. in_blocks: parameters of the blocks.
     stacked: matrices stacked from three. config: the settings of the trainer.
     """
-    matrices = [p for p in groups[0]["params"] if p in in_blocks and p.requires_grad]
+    matrices = [p for p in groups[0]["params"] if p in in_blocks]
     rest = [p for p in groups[0]["params"] if p not in set(matrices)]
     muon_groups = [{"params": [p for p in matrices if p in stacked], "parts": 3},
                    {"params": [p for p in matrices if p not in stacked]}]

@@ -129,11 +129,14 @@ class Signals:
         # Other threads get no signals.
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                # nohup, for example, wants a signal ignored.
-                if signal.getsignal(number) != signal.SIG_IGN:
+                # nohup wants a signal ignored; a handler in C, None, cannot be put back.
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        # It came too late for a step to see it.
+        if self.received is not None and error[0] is None:
+            signal.raise_signal(self.received)

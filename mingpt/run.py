@@ -32,9 +32,9 @@ from mingpt.utils import CN, check_config, eval_mode, logger, naming_file, progr
 RULES = (  # names of settings, test of a value, what is expected
     ("log_interval eval_interval checkpoint_interval", lambda v: v >= 0 and v == int(v),
      "a whole number; 0 turns it off"),
-    ("eval_batches", lambda v: v is None or v >= 1 and v == int(v),
+    ("eval_batches", lambda v: v is None or isinstance(v, int) and v >= 1,
      "a whole number from 1 on, or None for all"),
-    ("resume", lambda v: v in (None, False, True, "auto"), "True, False or auto"),
+    ("resume", lambda v: isinstance(v, bool) or v in (None, "auto"), "True, False or auto"),
 )
 
 
@@ -64,6 +64,8 @@ class Run(Trainer):
             raise ValueError("got resume or keep_best without a folder, expected work_dir")
         if getattr(config, "work_dir", ""):
             raise ValueError("got work_dir in the settings, expected it as an argument of Run")
+        if val_dataset is not None:
+            count_examples(val_dataset)
         self.work_dir = Path(work_dir).expanduser()
         self.writes = bool(work_dir)
         self.val_dataset = val_dataset
@@ -136,10 +138,9 @@ class Run(Trainer):
     def _is_due(self, what: str) -> bool:
         """Tells whether reports ("log"), validations or checkpoints are due after this step."""
         interval = getattr(self.config, f"{what}_interval")
-        if interval == 0:
-            return False
         is_first_report = what == "log" and self.steps_done == 1
-        return is_first_report or self.is_done() or self.steps_done % interval == 0
+        return interval > 0 and (
+            is_first_report or self.is_done() or self.steps_done % interval == 0)
 
     def _leave(self) -> None:
         """Ends a run that a signal has stopped."""
@@ -231,6 +232,8 @@ class Run(Trainer):
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Writes all that the run needs to go on; all processes call it, the first writes."""
+        if self.optimizer is None:
+            self.optimizer = self.make_optimizer()
         states = processes.gather(checkpoint.random_state(self.device_type))
         if self.rank == 0:
             checkpoint.save_checkpoint(path, self._content(states))
@@ -266,6 +269,10 @@ class Run(Trainer):
 
         checkpoint.load_model_state(self.model, saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        # The rates that a schedule has reached end with the schedule.
+        if saved["config"]["schedule"] != "constant" or saved["config"]["warmup_iters"] > 0:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"]
         self.optimizer = optimizer
         # It is empty unless the precision was float16.
         if saved["scaler"]:
@@ -276,7 +283,7 @@ class Run(Trainer):
         self.elapsed = saved["elapsed"]
         self.seed = saved["seed"]
         if config.seed not in (None, saved["config"]["seed"]):
-            self.seed = config.seed
+            self.seed = int(config.seed)
         # There may be more processes now.
         if self.rank < len(saved["random_states"]):
             self._random_state = saved["random_states"][self.rank]

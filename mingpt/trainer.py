@@ -27,9 +27,11 @@ from mingpt.data import count_examples, draw_examples, load_batches
 from mingpt.utils import CN, check_config, fill_in, logger
 
 RULES = (  # names of settings, test of a value, what is expected
-    ("batch_size grad_accum_steps", lambda v: v == int(v) >= 1, "a whole number from 1 on"),
+    ("batch_size grad_accum_steps", lambda v: isinstance(v, int) and v >= 1,
+     "a whole number from 1 on"),
     ("max_iters lr_decay_iters", lambda v: v is None or v >= 0, "a number from 0 on, or None"),
-    ("num_workers", lambda v: v == int(v) and 0 <= v <= 256, "a whole number from 0 to 256"),
+    ("num_workers", lambda v: isinstance(v, int) and 0 <= v <= 256,
+     "a whole number from 0 to 256"),
     ("seed", lambda v: v is None or v == int(v) >= 0, "a whole number from 0 on, or None"),
     ("learning_rate min_lr weight_decay warmup_iters", lambda v: 0 <= v < math.inf,
      "a finite number from 0 on"),
@@ -178,9 +180,9 @@ class Trainer:
                 self.seed = processes.gather(int(torch.randint(2**31, ())))[0]
             else:
                 self.seed = int(self.config.seed) + self.runs_done
-            if self.rank > 0:
-                # Dropout differs between processes.
-                torch.manual_seed(self.seed + self.rank)
+        if self.rank > 0:
+            # Dropout differs between processes.
+            torch.manual_seed(self.seed + self.rank)
         self.iter_num = self.steps_done
         self.goes_on = False
         self.is_stopping = False

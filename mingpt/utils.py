@@ -103,8 +103,9 @@ class CfgNode(SimpleNamespace):
             if not option.startswith("--") or name not in fields:
                 hint = _suggest(name, fields, "--")
                 raise ValueError(f"there is no setting {option}{hint} (--help lists them all)")
-            value = text if equals else next(words, None)
-            if value is None:
+            # The next word is the value, unless it is an option.
+            value = text if equals else next(words, "--")
+            if not equals and value.startswith("--"):
                 raise ValueError(f"got {option} without a value, expected {option}=value")
             changes[name] = _parse(name, value, fields[name])
 
@@ -191,14 +192,15 @@ def fill_in(config, defaults: dict, known: Iterable[str], owner: str) -> None:
     for name, value in list(vars(config).items()):
         # Classes that serve as configurations have fields of their own, such as __module__.
         if not name.startswith("_"):
-            setattr(config, name, _to_python(value))
+            setattr(config, name, to_python(value))
             if name not in known:
                 logger.warning(f"{owner} does not use {name}{_suggest(name, known)}")
 
 
-def _to_python(value):
+def to_python(value):
+    """Returns Python's own number for one of NumPy or torch; other values as they are."""
     if type(value) is tuple:
-        return tuple(map(_to_python, value))
+        return tuple(map(to_python, value))
     is_number = isinstance(value, (np.generic, torch.Tensor)) and value.ndim == 0
     return value.item() if is_number else value
 
@@ -226,7 +228,7 @@ def check_config(config, rules: Iterable[tuple[str, Callable, str]]) -> None:
 
 def set_seed(seed: int) -> None:
     """Seeds the random generators of Python, NumPy and torch (on every device)."""
-    random.seed(seed)
+    random.seed(int(seed))
     np.random.seed(seed)
     torch.manual_seed(seed)
 
@@ -356,7 +358,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     so leftovers of a killed writer are removed.
     """
     path = Path(path)
-    for leftover in path.parent.glob(glob.escape(path.name) + ".*.tmp"):
+    for leftover in path.parent.glob(glob.escape(path.name) + ".[0-9]*.tmp"):
         leftover.unlink(missing_ok=True)
     part = Path(f"{path}.{os.getpid()}.tmp")
     try:

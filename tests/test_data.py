@@ -6,7 +6,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 from common import Folder, get_encoder
 from mingpt.bpe import Encoder
@@ -89,6 +89,13 @@ class Windows(unittest.TestCase):
             self.assertEqual((x.dtype, y.dtype), (torch.int64, torch.int64))
             self.assertTrue(torch.equal(dataset[-1][0], x))
 
+    def test_a_subset_may_count_from_the_end_but_not_past_it(self):
+        dataset = TokenDataset(range(20), 4)
+        x, _ = next(load_batches(Subset(dataset, [-1, -3]), [[0, 1]]))
+        self.assertEqual(x[:, 0].tolist(), [15, 13])
+        with self.assertRaises(IndexError):
+            next(load_batches(Subset(dataset, [16]), [[0]]))
+
     def test_each_token_is_a_target_once(self):
         for length in range(9, 40):
             targets = torch.cat([y for _, y in TokenDataset(np.arange(length), 8, stride=8)])
@@ -151,6 +158,10 @@ class Batches(unittest.TestCase):
         for example in ({"x": one, "y": one}, (one, one, one), one, (one, "text")):
             with self.assertRaisesRegex(ValueError, r"\(x, y\)"):
                 next(load_batches([example, example], [[0, 1]]))
+        built = Noise()
+        built.__getitems__ = lambda indices: {"x": one, "y": one}
+        with self.assertRaisesRegex(ValueError, "a batch of type dict"):
+            next(load_batches(built, [[0, 1]]))
         for dataset in (Stream(), Dataset(), []):
             with self.assertRaisesRegex(ValueError, r"expected .*\(x, y\)"):
                 count_examples(dataset)

@@ -106,6 +106,11 @@ class Joined(unittest.TestCase):
         self.optimizer.step()
         self.check_equal(before)
 
+    def test_a_group_that_no_part_trains_is_refused(self):
+        self.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+        with self.assertRaisesRegex(ValueError, "group that none of the joined"):
+            self.optimizer.step()
+
     def test_a_loaded_state_goes_on(self):
         self.optimizer.step()
         parameters = copied(self.parameters)

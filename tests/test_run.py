@@ -21,7 +21,7 @@ import torch
 
 import train_script
 from common import Folder, Script, WorkingFolder, run_forked, run_python, tiny_config
-from mingpt import checkpoint
+from mingpt import checkpoint, processes
 from mingpt.checkpoint import read_checkpoint
 from mingpt.model import GPT
 from mingpt.run import Run
@@ -102,7 +102,8 @@ class Reports(WorkingFolder):
     def test_lines_for_people_and_rows_for_a_plot(self):
         run = make_run(max_iters=4, eval_interval=2, val_dataset=Pairs(), work_dir=self.folder,
                        log_interval=2)
-        at_step(run, 0, lambda run: run.write_metrics(mine=math.inf))
+        at_step(run, 0, lambda run: run.write_metrics(
+            mine=math.inf, tensor=torch.tensor(2), number=np.float32(0.5)))
         with self.assertLogs("mingpt", "INFO") as logged:
             run.run()
         lines = [line.split(":", 2)[2] for line in logged.output]
@@ -113,7 +114,7 @@ class Reports(WorkingFolder):
 
         mine, *rows = read_metrics(self.folder)
         # JSON has no infinite numbers.
-        self.assertEqual(mine, dict(iteration=1, mine=None))
+        self.assertEqual(mine, dict(iteration=1, mine=None, tensor=2, number=0.5))
         self.assertEqual([(row["iteration"], row["split"]) for row in rows],
                          [(1, "train"), (2, "train"), (2, "val"), (4, "train"), (4, "val")])
         self.assertEqual(set(rows[0]), {"iteration", "split", "loss", "lr", "grad_norm",
@@ -171,13 +172,17 @@ class Reports(WorkingFolder):
 
     def test_a_wrong_setting_is_named(self):
         for settings in (dict(log_interval=-1), dict(eval_interval=None), dict(eval_batches=0),
-                         dict(checkpoint_interval=0.5), dict(resume="perhaps")):
+                         dict(eval_batches=2.0), dict(checkpoint_interval=0.5),
+                         dict(resume="perhaps"), dict(resume=1)):
             name = next(iter(settings))
             with self.subTest(**settings), self.assertRaisesRegex(ValueError, f"got {name}="):
                 make_run(work_dir=self.folder, **settings)
         for settings in (dict(resume=True), dict(keep_best=True)):
             with self.assertRaisesRegex(ValueError, "expected work_dir"):
                 make_run(**settings)
+        # Not after hours, at the first validation.
+        with self.assertRaisesRegex(ValueError, "a list that is empty"):
+            make_run(val_dataset=[])
         with self.assertRaisesRegex(ValueError, "expected it as an argument"):
             Run(CfgNode(work_dir="x"), no_dropout(), Pairs())
         with mock.patch.dict(os.environ, RANK="1"):
@@ -189,8 +194,9 @@ class Stops(Folder):
     """However a run ends, its last good step is saved."""
 
     def test_a_model_is_validated_before_the_first_step(self):
-        run = make_run(work_dir=self.folder / "new", val_dataset=Pairs())
+        run = make_run(work_dir=self.folder / "new", val_dataset=Pairs(), keep_best=True)
         run.validate()
+        self.assertEqual(read_checkpoint(run.work_dir / "best.pt")["iter_num"], 0)
         self.assertEqual(read_metrics(self.folder / "new"),
                          [{"iteration": 0, "split": "val", "loss": run.val_loss}])
 
@@ -217,6 +223,20 @@ class Stops(Folder):
         saved = read_checkpoint(self.folder / "checkpoint.pt")
         self.assertEqual(saved["iter_num"], 8)
         self.assertTrue(all(tensor.isfinite().all() for tensor in saved["model"].values()))
+
+    def test_ctrl_c_in_the_last_step_or_later_is_not_lost(self):
+        for event in ("on_batch_end", "on_eval_end", "on_train_end"):
+            run = make_run(max_iters=1, work_dir=self.folder, val_dataset=Pairs(), eval_interval=1)
+            run.add_callback(event, lambda run: signal.raise_signal(signal.SIGINT))
+            with self.subTest(event), self.assertRaises(KeyboardInterrupt):
+                run.run()
+            self.assertTrue((self.folder / "checkpoint.pt").exists())
+
+    def test_a_handler_in_c_is_left_alone(self):
+        # Python cannot put it back.
+        with (mock.patch("signal.getsignal", return_value=None),
+              mock.patch("signal.signal") as install, processes.Signals()):
+            install.assert_not_called()
 
     def test_interrupted_in_a_notebook_it_goes_on(self):
         def interrupt(run):
@@ -320,6 +340,32 @@ class Resume(Folder):
                   for group in run.optimizer.param_groups]
         self.assertEqual(groups, [(0.5, 0.3, (0.8, 0.9)), (0.5, 0.0, (0.8, 0.9))])
 
+    def test_a_rate_ends_with_its_schedule(self):
+        for name, schedule in dict(cosine=dict(schedule="cosine"),
+                                   warmup=dict(warmup_iters=9)).items():
+            make_run(max_iters=3, work_dir=self.folder / name, **schedule).run()
+            run = make_run(max_iters=4, work_dir=self.folder / name, resume=True)
+            run.run()
+            self.assertEqual([group["lr"] for group in run.optimizer.param_groups], [1e-2, 1e-2])
+
+    def test_a_layer_that_was_frozen_may_learn(self):
+        for optimizer in ("adamw", "muon"):
+            settings = dict(optimizer=optimizer, work_dir=self.folder / optimizer)
+            model = no_dropout()
+            model.transformer.h[0].requires_grad_(False)
+            make_run(model, max_iters=1, **settings).run()
+            before = weights(model.transformer.h[0])
+            run = make_run(max_iters=2, resume=True, seed=6.0, **settings)
+            run.run()
+            self.assertFalse(torch.equal(weights(run.model.transformer.h[0]), before))
+
+    def test_a_process_that_is_new_draws_its_own_numbers(self):
+        make_run(max_iters=1, work_dir=self.folder).run()
+        run = make_run(max_iters=2, work_dir=self.folder, resume=True)
+        run.rank = 2
+        run.begin()
+        self.assertEqual(torch.initial_seed(), run.seed + 2)
+
     def test_a_refused_one_changes_nothing(self):
         make_run(max_iters=3, work_dir=self.folder, log_interval=1).run()
         saved = self.folder / "checkpoint.pt"
@@ -406,6 +452,9 @@ class Checkpoints(Folder):
         saved = read_checkpoint(self.folder / "checkpoint.pt")["config"]
         self.assertEqual([saved[name] for name in ("max_iters", "learning_rate", "path", "part")],
                          [1, 1e-3, "x", {"c": 2}])
+        # A module of the user's may call anything its config.
+        for config in (None, "gpt2", {"a": 1}):
+            self.assertEqual(checkpoint.plain_settings(config), config)
 
     def test_settings_may_be_a_class(self):
         class Settings:

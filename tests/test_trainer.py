@@ -129,6 +129,7 @@ class Loop(unittest.TestCase):
     def test_a_wrong_setting_is_named(self):
         for settings in (
             dict(grad_accum_steps=1.5), dict(batch_size=0), dict(max_iters=math.nan),
+            dict(grad_accum_steps=2.0), dict(batch_size=8.0), dict(num_workers=1.0),
             dict(num_workers=10**9), dict(warmup_iters=-1), dict(grad_norm_clip=-1.0),
             dict(weight_decay=math.nan), dict(learning_rate="fast"), dict(min_lr=-1.0),
             dict(seed=0.5), dict(schedule="step"), dict(dtype="float8"), dict(betas=(0.9, 1.0)),

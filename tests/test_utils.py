@@ -72,14 +72,16 @@ class Configuration(unittest.TestCase):
             ("--data.n_heads=3", "no setting --data.n_heads; did you mean --data.n_head\\?"),
             ("--n_head=3", "did you mean --data.n_head\\?"), ("-seed=3", "no setting -seed"),
             ("--lr=3", "no setting --lr"), ("--data=3", "no setting --data"),
-            ("--seed", "--seed without a value"), ("--seed=x", "--seed takes .* type int"),
+            ("--seed", "--seed without a value"), ("--name", "--name without a value"), ("--seed=x", "--seed takes .* type int"),
             ("--seed=1.5", "type int"), ("--seed=None", "type int"), ("--fast=1", "type bool"),
             ("--data.rate=nan", "type float"), ("--seed=print(1)", "type int"),
         ):
             with self.subTest(arg):
                 config = get_config()
-                with self.assertRaisesRegex(ValueError, message):
-                    config.merge_from_args(["--seed=9", arg])
+                # Another option is no value.
+                for args in (["--seed=9", arg], [arg, "--seed=9"]):
+                    with self.assertRaisesRegex(ValueError, message):
+                        config.merge_from_args(args)
                 self.assertEqual(config, get_config())
 
     def test_help_shows_defaults_and_comments(self):
@@ -120,7 +122,7 @@ class SeedsAndModes(unittest.TestCase):
     def test_a_seed_is_for_all_generators(self):
         drawn = []
         for _ in range(2):
-            set_seed(3)
+            set_seed(np.int64(3))
             drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
         self.assertEqual(*drawn)
 
@@ -230,7 +232,7 @@ class Files(Folder):
     def test_a_file_is_complete_or_absent(self):
         path = self.folder / "[a]"
         # A killed writer of this file, and of another one.
-        for name in ("[a].1.tmp", "a.1.tmp"):
+        for name in ("[a].1.tmp", "a.1.tmp", "[a].txt.tmp"):
             (self.folder / name).write_text("half")
         with replacing(path) as part:
             part.write_text("old")
@@ -238,7 +240,7 @@ class Files(Folder):
             part.write_text("half")
             1 / 0
         self.assertEqual(path.read_text(), "old")
-        self.assertEqual(sorted(os.listdir(self.folder)), ["[a]", "a.1.tmp"])
+        self.assertEqual(sorted(os.listdir(self.folder)), ["[a]", "[a].txt.tmp", "a.1.tmp"])
 
     def test_an_error_of_the_system_names_the_file(self):
         # The error of a full disk names none.
