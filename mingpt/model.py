@@ -18,16 +18,18 @@ Multitask Learners", section 2.3.
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import Self
 
 from mingpt.generation import KVCache, at_least_float32, has_hooks, one_by_one, write
 from mingpt.muon import join_muon
 from mingpt.utils import CN, check_config, eval_mode, fill_in, logger
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class NewGELU(nn.Module):
@@ -365,7 +367,7 @@ class GPT(nn.Module):
         return one_by_one(self, tokens)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> Self:
+    def from_pretrained(cls, name: str | Path) -> "Self":
         """Loads a model of the GPT-2 type, in eval mode.
 
         name: "gpt2", "owner/name" on the Hugging Face hub, or a folder.
