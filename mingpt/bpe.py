@@ -96,7 +96,7 @@ class Encoder:
         for token, number in self.special_tokens.items():
             # A number of the vocabulary keeps its meaning.
             self.token_bytes.setdefault(number, token.encode("utf-8"))
-        self.decoder = {n: t for t, n in chain(encoder.items(), self.special_tokens.items())}
+        self.decoder = {n: t for t, n in chain(self.special_tokens.items(), encoder.items())}
         # <|endoftext|> stands between two texts. None: the vocabulary lacks it.
         self.eot_token = self.special_tokens.get("<|endoftext|>")
 

@@ -169,7 +169,8 @@ def can_cache(model: Any) -> bool:
     A part of one's own takes part by an argument `cache=None` of its forward.
     """
     blocks = getattr(model.transformer, "h", None)
-    if not blocks or type(model).__call__ is not nn.Module.__call__:
+    is_row = isinstance(blocks, nn.ModuleList) and len(blocks) > 0
+    if not is_row or type(model).__call__ is not nn.Module.__call__:
         return False
     for block in blocks:
         attention = getattr(block, "attn", block)
@@ -188,8 +189,7 @@ def is_known(module: nn.Module) -> bool:
     if type(module) in TOKENWISE and "forward" not in vars(module):
         return True
     for name in ("forward", "features", "mlpf", "attend", "compute_qkv"):
-        # A method may be patched on the module itself.
-        method = vars(module).get(name, getattr(type(module), name, None))
+        method = getattr(module, name, None)
         is_own = getattr(method, "__globals__", {}).get("__name__") == "mingpt.model"
         if callable(method) and not is_own and not takes_cache(method):
             return False
@@ -198,7 +198,11 @@ def is_known(module: nn.Module) -> bool:
 
 def takes_cache(method: Callable) -> bool:
     """Tells whether a method has an argument `cache`."""
-    return "cache" in inspect.signature(method, follow_wrapped=False).parameters
+    try:
+        return "cache" in inspect.signature(method, follow_wrapped=False).parameters
+    except ValueError:
+        # A function in C may not tell.
+        return False
 
 
 def has_hooks(module: nn.Module) -> bool:

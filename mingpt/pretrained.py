@@ -218,7 +218,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     # A module that stands in several places counts in each.
     for name, module in model.named_modules(remove_duplicate=False):
         # They compute nothing when a model is used.
-        if isinstance(module, (nn.Dropout, nn.Identity)):
+        if isinstance(module, nn.Dropout) or type(module) is nn.Identity:
             continue
         # A whole model may compute a loss of its own.
         forward = "features" if module is model else "forward"

@@ -269,11 +269,9 @@ class Run(Trainer):
 
         checkpoint.load_model_state(self.model, saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        # The rates that a schedule has reached end with the schedule.
-        if saved["config"]["schedule"] != "constant" or saved["config"]["warmup_iters"] > 0:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"]
         self.optimizer = optimizer
+        then = saved["config"]
+        self.has_schedule = then["schedule"] != "constant" or then["warmup_iters"] > 0
         # It is empty unless the precision was float16.
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
@@ -282,12 +280,12 @@ class Run(Trainer):
         self.best_loss = saved["best_loss"]
         self.elapsed = saved["elapsed"]
         self.seed = saved["seed"]
-        if config.seed not in (None, saved["config"]["seed"]):
+        if config.seed not in (None, then["seed"]):
             self.seed = int(config.seed)
         # There may be more processes now.
         if self.rank < len(saved["random_states"]):
             self._random_state = saved["random_states"][self.rank]
         self.goes_on = True
         logger.info(f"loaded {path}, saved after step {done}")
-        for change in checkpoint.changed_settings(saved["config"], config):
+        for change in checkpoint.changed_settings(then, config):
             logger.info(change)

@@ -120,7 +120,8 @@ class Trainer:
         self.iter_dt = 0.0  # seconds that the last step took
         self.loss = torch.zeros(())  # mean loss of the last step
         self.grad_norm = torch.zeros(())  # length of its gradient before clipping
-        self.seed = 0  # of the examples of this run
+        self.has_schedule = False  # whether a schedule has set the rates of the last step
+        self.seed = int(config.seed or 0)  # of the examples of this run
         self.runs_done = 0
         self.is_stopping = False
         self.goes_on = False  # whether the next run() continues an earlier one
@@ -151,7 +152,8 @@ class Trainer:
                     self.step(network, next(batches))
                     self.trigger_callbacks("on_batch_end")
                     # A callback may end the run by a high iter_num.
-                    self.steps_done = max(self.steps_done, self.iter_num)
+                    if self.is_end(self.iter_num):
+                        self.stop()
                     self.iter_num = self.steps_done
                     self.iter_time = time.perf_counter()
                     self.iter_dt = self.iter_time - start
@@ -171,7 +173,7 @@ class Trainer:
         before = self.optimizer
         self.optimizer = self.make_optimizer()
         if self.goes_on:
-            self.optimizer = carry_over(before, self.optimizer)
+            carry_over(before, self.optimizer, keeps_rates=not self.has_schedule)
             logger.info(f"going on after step {self.steps_done}")
         else:
             self.steps_done = 0
@@ -233,8 +235,10 @@ class Trainer:
 
     def is_done(self) -> bool:
         """Tells whether the run has come to its end."""
-        max_iters = self.config.max_iters
-        return self.is_stopping or (max_iters is not None and self.steps_done >= max_iters)
+        return self.is_stopping or self.is_end(self.steps_done)
+
+    def is_end(self, step: int) -> bool:
+        return self.config.max_iters is not None and step >= self.config.max_iters
 
     def stop(self) -> None:
         """Ends the run after this step, as if it were the last one."""
@@ -325,7 +329,8 @@ class Trainer:
 
     def set_rates(self) -> None:
         """Sets the learning rates of this step. Without a schedule they are left alone."""
-        if self.config.schedule != "constant" or self.config.warmup_iters > 0:
+        self.has_schedule = self.config.schedule != "constant" or self.config.warmup_iters > 0
+        if self.has_schedule:
             for group in self.optimizer.param_groups:
                 # A callback may have brought this group.
                 rate = group.setdefault("initial_lr", group["lr"])
@@ -335,11 +340,11 @@ class Trainer:
         """Does what comes after each step: here nothing, in Run a lot."""
 
 
-def carry_over(before: Any, optimizer: Any) -> Any:
-    """Gives a new optimizer the state of an earlier one, parameter by parameter.
-
-    Returns the optimizer to go on with.
-    """
+def carry_over(before: Any, optimizer: Any, keeps_rates: bool) -> None:
+    """Gives a new optimizer the state of an earlier one, parameter by parameter."""
+    # An optimizer of another kind has a state of its own.
+    if type(before) is not type(optimizer):
+        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter in before.state:
@@ -348,12 +353,10 @@ def carry_over(before: Any, optimizer: Any) -> Any:
     settings = ("params", "lr", "initial_lr", "betas", "momentum", "weight_decay")
     for old, new in zip(before.param_groups, optimizer.param_groups):
         new.update({key: value for key, value in old.items() if key not in settings})
-        # A rate that a callback has changed goes on, unless the setting is new.
-        if old.get("initial_lr") == new["initial_lr"]:
+        # A rate that a callback has changed goes on, unless the setting is new. A rate
+        # that a schedule has reached ends with the schedule.
+        if keeps_rates and old.get("initial_lr") == new["initial_lr"]:
             new["lr"] = old["lr"]
-    if type(before) is not type(optimizer):
-        return optimizer
-    # A scheduler of torch may hold the earlier one.
-    before.param_groups = optimizer.param_groups
-    before.state = optimizer.state
-    return before
+    # A scheduler of torch may hold the earlier one, so both have one list of groups.
+    before.param_groups[:] = optimizer.param_groups
+    optimizer.param_groups = before.param_groups

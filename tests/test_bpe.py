@@ -166,8 +166,8 @@ class Special(unittest.TestCase):
         self.assertEqual(encoder.encode("<|é|> xa", added), [50258, 64])
         self.assertEqual(encoder.decode(ENCODER.encode("hello the")), "hello the")
         # A number of the vocabulary keeps its meaning.
-        encoder = Encoder(ENCODER.encoder, ENCODER.bpe_ranks, special_tokens={"Ġthe": 262})
-        self.assertEqual(encoder.decode([262]), " the")
+        encoder = Encoder(ENCODER.encoder, ENCODER.bpe_ranks, special_tokens={"<x>": 262})
+        self.assertEqual((encoder.decode([262]), encoder.decoder[262]), (" the", "Ġthe"))
 
     def test_text_in_the_vocabulary_itself_is_a_special_token(self):
         encoder = Encoder({"a": 0, "<|a b|>": 1, "世": 2}, [], special_tokens={EOT: 3})

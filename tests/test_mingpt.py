@@ -248,6 +248,8 @@ class Subclasses(WithModel):
 
         model = Renamed(tiny_config())
         self.assertEqual(model.generate(torch.tensor([[1, 2]]), 3).shape, (1, 5))
+        model.transformer.h = nn.ModuleDict(dict(one=model.blocks[0]))
+        self.assertEqual(model.generate(torch.tensor([[1, 2]]), 3).shape, (1, 5))
         model.configure_optimizers(Trainer.get_default_config())
 
     def test_a_loss_of_ones_own_counts_its_own_targets(self):
@@ -302,9 +304,11 @@ class Blocks(WithModel):
         patched = Block(config)
         forward = patched.forward
         patched.forward = lambda x: forward(x)
+        in_c = NewGELU()
+        in_c.forward = torch.tanh
         for place, part in (
             ("transformer.h.0", Parallel(config)), ("transformer.h.0", Recurrent(16)),
-            ("transformer.h.0", patched),
+            ("transformer.h.0", patched), ("transformer.h.0.mlp.act", in_c),
             ("transformer.h.0.attn", Recurrent(16)), ("transformer.h.0.attn", Forgetful(config)),
         ):
             with self.subTest(place, part=type(part)):
@@ -327,13 +331,17 @@ class Blocks(WithModel):
             def attend(self, q, k, v):
                 return add_up(q, k, v)
 
+        class Property(CausalSelfAttention):
+            attend = property(lambda self: add_up)
+
         class Reversed(CausalSelfAttention):
             def compute_qkv(self, x):
                 """Gives the keys another order, which depends on how many there are."""
                 q, k, v = super().compute_qkv(x)
                 return q, k.flip(2), v
 
-        for name, value in (("__class__", Sum), ("attend", add_up), ("__class__", Reversed)):
+        for name, value in (("__class__", Sum), ("attend", add_up), ("__class__", Property),
+                            ("__class__", Reversed)):
             model = copy.deepcopy(self.model)
             setattr(model.transformer.h[0].attn, name, value)
             self.assertNotEqual(greedy(model), greedy(self.model))
@@ -568,9 +576,9 @@ class Callbacks(unittest.TestCase):
     def test_they_may_set_iter_num_to_end_the_run(self):
         for kind in (Trainer, Run):
             trainer = make_trainer(kind=kind, max_iters=100)
-            trainer.set_callback("on_batch_end", lambda trainer: setattr(trainer, "iter_num", 100))
+            trainer.set_callback("on_batch_end", lambda trainer: setattr(trainer, "iter_num", 999))
             trainer.run()
-            self.assertEqual(len(trainer.train_dataset.drawn), 4)
+            self.assertEqual((len(trainer.train_dataset.drawn), trainer.steps_done), (4, 1))
 
     def test_they_see_the_gradients(self):
         trainer = make_trainer(max_iters=2)
@@ -606,12 +614,13 @@ class Rates(unittest.TestCase):
             raise KeyboardInterrupt
 
         for optimizer in ("adamw", "muon"):
-            for interrupt_at in (None, 1):
+            for interrupt_at in ((), (1,), (0, 1, 2)):
                 trainer = make_trainer(learning_rate=1e-2, optimizer=optimizer)
                 trainer.set_callback("on_train_start", start)
                 used = record(trainer, lambda trainer: rates(trainer)[0])
                 trainer.add_callback("on_batch_end", lambda trainer: trainer.scheduler.step())
-                at_step(trainer, interrupt_at, interrupt)
+                for step in interrupt_at:
+                    at_step(trainer, step, interrupt)
                 while trainer.steps_done < 4:
                     with contextlib.suppress(KeyboardInterrupt):
                         trainer.run()

@@ -196,7 +196,8 @@ class Stops(Folder):
     def test_a_model_is_validated_before_the_first_step(self):
         run = make_run(work_dir=self.folder / "new", val_dataset=Pairs(), keep_best=True)
         run.validate()
-        self.assertEqual(read_checkpoint(run.work_dir / "best.pt")["iter_num"], 0)
+        saved = read_checkpoint(run.work_dir / "best.pt")
+        self.assertEqual((saved["iter_num"], saved["seed"]), (0, 5))
         self.assertEqual(read_metrics(self.folder / "new"),
                          [{"iteration": 0, "split": "val", "loss": run.val_loss}])
 
@@ -204,7 +205,10 @@ class Stops(Folder):
         def shorten(run):
             run.config.max_iters = 3
 
-        for name, callback in (("stop", Run.stop), ("shorten", shorten)):
+        def jump(run):
+            run.iter_num = 50
+
+        for name, callback in (("stop", Run.stop), ("shorten", shorten), ("jump", jump)):
             folder = self.folder / name
             run = make_run(max_iters=50, work_dir=folder, log_interval=100, checkpoint_interval=20)
             at_step(run, 2, callback)

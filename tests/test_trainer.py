@@ -269,9 +269,9 @@ class Rates(unittest.TestCase):
 class Interruptions(unittest.TestCase):
     """A run that Ctrl-C interrupted goes on where it was when run() is called again."""
 
-    def left_by(self, error) -> Trainer:
+    def left_by(self, error, **settings) -> Trainer:
         """Returns a trainer with two of four steps done."""
-        trainer = make_trainer(max_iters=4)
+        trainer = make_trainer(max_iters=4, **settings)
         at_step(trainer, 1, mock.Mock(side_effect=error))
         with self.assertRaises(error):
             trainer.run()
@@ -310,6 +310,21 @@ class Interruptions(unittest.TestCase):
             steps = record(trainer, lambda trainer: trainer.iter_num)
             trainer.run()
             self.assertEqual(steps, expected)
+
+    def test_where_float16_scales_the_gradients_back(self):
+        trainer = make_trainer(max_iters=2, dtype="float16")
+        with mock.patch("torch.nn.utils.clip_grad_norm_", side_effect=KeyboardInterrupt):
+            self.assertRaises(KeyboardInterrupt, trainer.run)
+        trainer.run()
+        self.assertEqual(trainer.iter_num, 2)
+
+    def test_a_schedule_and_an_optimizer_changed_meanwhile_count(self):
+        for settings in (dict(schedule="constant"),
+                         dict(schedule="constant", optimizer="muon")):
+            trainer = self.left_by(KeyboardInterrupt, schedule="linear")
+            trainer.config.merge_from_dict(settings)
+            trainer.run()
+            self.assertEqual({group["lr"] for group in trainer.optimizer.param_groups}, {1e-2})
 
     def test_a_rate_and_a_head_changed_meanwhile_count(self):
         trainer = self.left_by(KeyboardInterrupt)
