@@ -169,8 +169,9 @@ def can_cache(model: Any) -> bool:
     A part of one's own takes part by an argument `cache=None` of its forward.
     """
     blocks = getattr(model.transformer, "h", None)
-    is_row = isinstance(blocks, nn.ModuleList) and len(blocks) > 0
-    if not is_row or type(model).__call__ is not nn.Module.__call__:
+    if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
+        return False
+    if type(model).__call__ is not nn.Module.__call__:
         return False
     for block in blocks:
         attention = getattr(block, "attn", block)
