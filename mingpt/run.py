@@ -82,6 +82,9 @@ class Run(Trainer):
         """Trains for max_iters steps, or goes on from the checkpoint that was loaded."""
         with processes.Signals() as self.signals:
             super().run()
+            # It came too late for a step to see it.
+            if self._is_told():
+                self._leave()
 
     def begin(self) -> Callable:
         is_new = not self.goes_on
@@ -118,8 +121,7 @@ class Run(Trainer):
     def after_step(self) -> None:
         """Reports, validates and saves where it is due, and stops if that is asked for."""
         self.elapsed += self.iter_dt
-        # One process that is told to stop is enough.
-        is_told = processes.sum_over_processes(self.signals.received is not None) > 0
+        is_told = self._is_told()
         self._agree_to_stop()
         if self._is_due("log"):
             self.report()
@@ -129,7 +131,13 @@ class Run(Trainer):
             self._check_finite()
             self.save_checkpoint(self.work_dir / "checkpoint.pt")
         if is_told and not self.is_done():
+            hint = "; saved, --trainer.resume=True continues" if self.writes else ""
+            logger.info(f"stopped after step {self.steps_done}{hint}")
             self._leave()
+
+    def _is_told(self) -> bool:
+        """Tells whether a signal asks for an end. One process that gets it is enough."""
+        return processes.sum_over_processes(self.signals.received is not None) > 0
 
     def _agree_to_stop(self) -> None:
         """Lets one process that calls stop() end the run for all."""
@@ -143,9 +151,7 @@ class Run(Trainer):
             is_first_report or self.is_done() or self.steps_done % interval == 0)
 
     def _leave(self) -> None:
-        """Ends a run that a signal has stopped."""
-        hint = "; saved, --trainer.resume=True continues" if self.writes else ""
-        logger.info(f"stopped after step {self.steps_done}{hint}")
+        """Ends the script, as the signal asks."""
         if self.signals.received == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + (self.signals.received or signal.SIGTERM))
@@ -285,6 +291,8 @@ class Run(Trainer):
         # There may be more processes now.
         if self.rank < len(saved["random_states"]):
             self._random_state = saved["random_states"][self.rank]
+        else:
+            torch.manual_seed(self.seed + self.rank)
         self.goes_on = True
         logger.info(f"loaded {path}, saved after step {done}")
         for change in checkpoint.changed_settings(then, config):

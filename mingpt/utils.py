@@ -336,7 +336,7 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
 
 def cache_folder() -> Path:
     """Returns the folder of downloads: $MINGPT_CACHE, else ~/.cache/mingpt."""
-    return Path(os.environ.get("MINGPT_CACHE", "~/.cache/mingpt")).expanduser()
+    return Path(os.environ.get("MINGPT_CACHE") or "~/.cache/mingpt").expanduser()
 
 
 @contextlib.contextmanager

@@ -367,7 +367,7 @@ class Resume(Folder):
         make_run(max_iters=1, work_dir=self.folder).run()
         run = make_run(max_iters=2, work_dir=self.folder, resume=True)
         run.rank = 2
-        run.begin()
+        run.load_checkpoint(self.folder / "checkpoint.pt")
         self.assertEqual(torch.initial_seed(), run.seed + 2)
 
     def test_a_refused_one_changes_nothing(self):
