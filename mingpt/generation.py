@@ -8,7 +8,6 @@ and values of the tokens that were read, so that only the new token is computed.
 Both ways give the same tokens.
 """
 
-import inspect
 import math
 import operator
 from collections.abc import Callable, Iterator
@@ -190,6 +189,9 @@ def is_known(module: nn.Module) -> bool:
     if type(module) in TOKENWISE and "forward" not in vars(module):
         return True
     for name in ("forward", "features", "mlpf", "attend", "compute_qkv"):
+        # To ask a module for a name that it lacks is slow.
+        if not hasattr(type(module), name) and name not in vars(module):
+            continue
         method = getattr(module, name, None)
         is_own = getattr(method, "__globals__", {}).get("__name__") == "mingpt.model"
         if callable(method) and not is_own and not takes_cache(method):
@@ -199,11 +201,9 @@ def is_known(module: nn.Module) -> bool:
 
 def takes_cache(method: Callable) -> bool:
     """Tells whether a method has an argument `cache`."""
-    try:
-        return "cache" in inspect.signature(method, follow_wrapped=False).parameters
-    except ValueError:
-        # A function in C may not tell.
-        return False
+    # A function in C has no code that could be asked.
+    code = getattr(method, "__code__", None)
+    return code is not None and "cache" in code.co_varnames[:code.co_argcount]
 
 
 def has_hooks(module: nn.Module) -> bool:
