@@ -4,8 +4,9 @@ How a model learns: steps, batches, targets, rates, an interrupted run.
     python -m unittest tests.test_trainer
 """
 
+import copy
+import itertools
 import math
-import threading
 import unittest
 from unittest import mock
 
@@ -28,11 +29,11 @@ def no_dropout(**changes) -> GPT:
     return GPT(tiny_config(vocab_size=5, **rates | changes))
 
 
-def make_trainer(model=None, train_dataset=None, **settings) -> Trainer:
-    usual = dict(device="cpu", batch_size=8, max_iters=10, seed=5, learning_rate=1e-2)
+def make_trainer(model=None, train_dataset=None, kind=Trainer, **settings) -> Trainer:
+    usual = dict(device="cpu", batch_size=8, max_iters=4, seed=5, learning_rate=1e-2)
     config = CfgNode(**usual | settings)
     model = no_dropout() if model is None else model
-    return Trainer(config, model, Pairs() if train_dataset is None else train_dataset)
+    return kind(config, model, Pairs() if train_dataset is None else train_dataset)
 
 
 def weights(model) -> torch.Tensor:
@@ -121,23 +122,23 @@ class Loop(unittest.TestCase):
             trainer.add_callback(event, lambda _, event=event: calls.append(event))
         trainer.add_callback("on_batch_end", lambda trainer: calls.append(
             (trainer.iter_num, trainer.model.training)))
+        has_gradient = record(trainer, lambda trainer: trainer.model.lm_head.weight.grad.any())
         trainer.run()
         self.assertEqual(calls, ["on_train_start", (0, True), (1, True), (2, True), "on_train_end"])
+        self.assertEqual(has_gradient, [True] * 3)
         self.assertEqual(trainer.iter_num, 3)
         self.assertGreater(trainer.iter_dt, 0)
 
     def test_a_wrong_setting_is_named(self):
         for settings in (
-            dict(grad_accum_steps=1.5), dict(batch_size=0), dict(max_iters=math.nan),
-            dict(grad_accum_steps=2.0), dict(batch_size=8.0), dict(num_workers=1.0),
-            dict(num_workers=10**9), dict(warmup_iters=-1), dict(grad_norm_clip=-1.0),
-            dict(weight_decay=math.nan), dict(learning_rate="fast"), dict(min_lr=-1.0),
-            dict(seed=0.5), dict(schedule="step"), dict(dtype="float8"), dict(betas=(0.9, 1.0)),
-            dict(momentum=1.0), dict(lr_decay_iters=-1), dict(device="cuda:99"),
-            dict(device="meta"), dict(batch_size=6, grad_accum_steps=4), dict(optimizer="sgd"),
-            dict(schedule="cosine", max_iters=None), dict(schedule="linear", warmup_iters=11),
-            dict(min_lr=1.0, learning_rate=0.1),
-            dict(optimizer="muon", model=Regression()),
+            dict(batch_size=0), dict(grad_accum_steps=2.0), dict(max_iters=math.nan),
+            dict(num_workers=1.0), dict(num_workers=10**9), dict(grad_norm_clip=-1.0),
+            dict(weight_decay=math.nan), dict(learning_rate="fast"), dict(seed=0.5),
+            dict(schedule="step"), dict(dtype="float8"), dict(betas=(0.9, 1.0)),
+            dict(momentum=1.0), dict(device="cuda:99"), dict(device="meta"),
+            dict(batch_size=6, grad_accum_steps=4), dict(min_lr=1.0, learning_rate=0.1),
+            dict(schedule="cosine", max_iters=None), dict(schedule="linear", warmup_iters=5),
+            dict(optimizer="sgd"), dict(optimizer="muon", model=Regression()),
         ):
             name = next(iter(settings))
             with self.subTest(**settings), self.assertRaisesRegex(ValueError, f"got {name}="):
@@ -177,48 +178,35 @@ class Batches(unittest.TestCase):
         self.assertEqual(len(self.seen(first=10**9, count=1, seed=2**63)), 1)
 
     def test_processes_and_micro_batches_share_them_out(self):
-        for replacement in (True, False):
-            whole = self.seen(count=2, replacement=replacement)
-            for world_size, steps in ((2, 1), (1, 4), (4, 2)):
-                parts = [self.seen(count=2, rank=rank, world_size=world_size,
-                                   grad_accum_steps=steps, replacement=replacement)
-                         for rank in range(world_size)]
-                for step in range(2):
-                    joined = [row for micro in range(steps) for rank in range(world_size)
-                              for row in parts[rank][step][micro]]
-                    self.assertEqual(joined, whole[step][0])
+        whole = self.seen(count=2)
+        for world_size, steps in ((2, 1), (1, 4), (4, 2)):
+            parts = [self.seen(count=2, rank=rank, world_size=world_size, grad_accum_steps=steps)
+                     for rank in range(world_size)]
+            for step in range(2):
+                joined = [row for micro in range(steps) for rank in range(world_size)
+                          for row in parts[rank][step][micro]]
+                self.assertEqual(joined, whole[step][0])
 
 
 class Targets(unittest.TestCase):
     """A loss is the mean over the targets that count, however the step is cut."""
 
     def test_a_step_against_plain_torch(self):
-        trainer = make_trainer(no_dropout().double(), Masked(), grad_accum_steps=4, batch_size=12,
-                               max_iters=1, grad_norm_clip=0.0)
-        plain = no_dropout().double()
-        shown = []
-        trainer.model.register_forward_pre_hook(lambda module, args: shown.append(args))
-        trainer.run()
+        for make, steps in itertools.product((no_dropout, Bigrams), (1, 4, 12)):
+            plain = make().double()
+            trainer = make_trainer(copy.deepcopy(plain), Masked(), grad_accum_steps=steps,
+                                   batch_size=12, max_iters=1, grad_norm_clip=0.0)
+            shown = []
+            trainer.model.register_forward_pre_hook(lambda module, args: shown.append(args))
+            trainer.run()
 
-        x, y = (torch.cat(parts) for parts in zip(*shown))
-        logits = plain(x)[0].flatten(0, 1)
-        expected = F.cross_entropy(logits[y.flatten() >= 0], y[y >= 0])
-        expected.backward()
-        torch.testing.assert_close(trainer.loss, expected.detach(), atol=1e-12, rtol=0)
-        for p, q in zip(trainer.model.parameters(), plain.parameters()):
-            torch.testing.assert_close(p.grad, q.grad, atol=1e-12, rtol=0)
-
-    def test_micro_batches_change_nothing(self):
-        for make in (no_dropout, Bigrams):
-            results = []
-            for steps in (1, 2, 12):
-                set_seed(1)
-                trainer = make_trainer(make().double(), Masked(), grad_accum_steps=steps,
-                                       batch_size=12, max_iters=5)
-                trainer.run()
-                results.append((weights(trainer.model), trainer.loss, trainer.grad_norm))
-            for result in results[1:]:
-                torch.testing.assert_close(result, results[0], atol=1e-9, rtol=1e-9)
+            x, y = (torch.cat(parts) for parts in zip(*shown))
+            logits = plain(x, y)[0].reshape(-1, 5)
+            expected = F.cross_entropy(logits[y.flatten() >= 0], y[y >= 0])
+            expected.backward()
+            torch.testing.assert_close(trainer.loss, expected.detach(), atol=1e-12, rtol=0)
+            for p, q in zip(trainer.model.parameters(), plain.parameters()):
+                torch.testing.assert_close(p.grad, q.grad, atol=1e-12, rtol=0)
 
     def test_gradients_are_clipped(self):
         for clip, shortened in ((1e-3, True), (1e3, False), (0.0, False), (math.inf, False)):
@@ -252,8 +240,7 @@ class Rates(unittest.TestCase):
         for settings, expected in (
             (dict(max_iters=3), [1.0] * 3),
             (dict(max_iters=6, warmup_iters=4), [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]),
-            (dict(max_iters=4, schedule="linear"), [1.0, 0.75, 0.5, 0.25]),
-            (dict(max_iters=4, schedule="linear", optimizer="muon"), [1.0, 0.75, 0.5, 0.25]),
+            (dict(schedule="linear"), [1.0, 0.75, 0.5, 0.25]),
             (dict(max_iters=8, schedule="cosine", warmup_iters=2, lr_decay_iters=6, min_lr=0.1),
              [0.5, 1.0, 1.0, 0.1 + 0.9 * (0.5 + half), 0.55, 0.1 + 0.9 * (0.5 - half), 0.1, 0.1]),
         ):
@@ -271,7 +258,7 @@ class Interruptions(unittest.TestCase):
 
     def left_by(self, error, **settings) -> Trainer:
         """Returns a trainer with two of four steps done."""
-        trainer = make_trainer(max_iters=4, **settings)
+        trainer = make_trainer(**settings)
         at_step(trainer, 1, mock.Mock(side_effect=error))
         with self.assertRaises(error):
             trainer.run()
@@ -319,10 +306,9 @@ class Interruptions(unittest.TestCase):
         self.assertEqual(trainer.iter_num, 2)
 
     def test_a_schedule_and_an_optimizer_changed_meanwhile_count(self):
-        for settings in (dict(schedule="constant"),
-                         dict(schedule="constant", optimizer="muon")):
+        for optimizer in ("adamw", "muon"):
             trainer = self.left_by(KeyboardInterrupt, schedule="linear")
-            trainer.config.merge_from_dict(settings)
+            trainer.config.merge_from_dict(dict(schedule="constant", optimizer=optimizer))
             trainer.run()
             self.assertEqual({group["lr"] for group in trainer.optimizer.param_groups}, {1e-2})
 
@@ -336,20 +322,6 @@ class Interruptions(unittest.TestCase):
         steps = {name: int(trainer.optimizer.state[p]["step"])
                  for name, p in trainer.model.named_parameters()}
         self.assertEqual((steps["lm_head.weight"], steps["transformer.wte.weight"]), (2, 4))
-
-    def test_runs_in_other_threads_and_in_the_middle_of_another(self):
-        expected, inner, outer = (make_trainer(max_iters=4) for _ in range(3))
-        expected.run()
-
-        def run_inner(trainer):
-            thread = threading.Thread(target=inner.run)
-            thread.start()
-            thread.join()
-
-        at_step(outer, 1, run_inner)
-        outer.run()
-        for trainer in (inner, outer):
-            self.assertTrue(torch.equal(weights(trainer.model), weights(expected.model)))
 
 
 if __name__ == "__main__":

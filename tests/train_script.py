@@ -21,12 +21,16 @@ from mingpt.utils import CfgNode, run_script, set_seed
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Rows of 9 tokens, each a function of its number alone."""
+    """Rows of 9 tokens, each a function of its number alone; it notes which are drawn."""
+
+    def __init__(self):
+        self.drawn = []
 
     def __len__(self):
         return 1000
 
     def __getitem__(self, index):
+        self.drawn.append(index)
         row = np.random.default_rng(index).integers(5, size=5)
         row = torch.from_numpy(np.concatenate((row, row[:4])))  # (9,)
         return row[:-1], row[1:]
