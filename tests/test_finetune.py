@@ -8,8 +8,7 @@ import unittest
 
 import torch
 
-from common import ROOT, WorkingFolder, run_forked, run_here, tiny_gpt
-from mingpt.bpe import Encoder, bytes_to_unicode
+from common import ROOT, WorkingFolder, byte_encoder, run_forked, run_here, tiny_gpt
 from mingpt.model import GPT
 from mingpt.pretrained import load_encoder, save_encoder
 
@@ -22,20 +21,12 @@ SHORT = ("--data.path=in.txt", "--model.name=tiny", "--data.block_size=16", "--m
          "--trainer.learning_rate=3e-3", "--system.length=20")
 
 
-def byte_encoder() -> Encoder:
-    """Returns a vocabulary of the 256 bytes, two merges and <|endoftext|>."""
-    merges = [("l", "i"), ("li", "n")]
-    tokens = [*bytes_to_unicode().values(), *map("".join, merges), "<|endoftext|>"]
-    return Encoder({token: i for i, token in enumerate(tokens)}, merges)
-
-
 class Finetune(WorkingFolder):
     def setUp(self):
         super().setUp()
         torch.manual_seed(1)
         # The vocabulary is padded: five rows stand for no token.
-        self.start = tiny_gpt(vocab_size=264, block_size=32, n_layer=3)
-        self.start.save_pretrained("tiny")
+        tiny_gpt(vocab_size=264, block_size=32, n_layer=3).save_pretrained("tiny")
         save_encoder(byte_encoder(), "tiny")
         (self.folder / "in.txt").write_text(TEXT, encoding="utf-8")
 
@@ -109,11 +100,8 @@ class Finetune(WorkingFolder):
         config.model.merge_from_dict(changes)
         return finetune.load_model(config)[0]
 
-    def test_positions_and_rows_without_a_token_are_cut(self):
-        model = self.load(dropout=0.3)
-        self.assertEqual(model.transformer.drop.p, 0.3)
-        idx = torch.randint(259, (2, 16))
-        torch.testing.assert_close(model.eval()(idx)[0], self.start(idx)[0][..., :259])
+    def test_dropout_is_that_of_the_settings(self):
+        self.assertEqual(self.load(dropout=0.3).transformer.drop.p, 0.3)
 
     def test_what_a_model_does_not_have_is_refused(self):
         with self.assertRaisesRegex(ValueError, "tiny has only 32 positions"):
