@@ -133,7 +133,3 @@ class Inside(unittest.TestCase):
             written = model(rows[:, :5])[0][:, -1].argmax(-1)
             expected = (written == second[:, 5]).float().mean()
             self.assertAlmostEqual(share, float(expected), delta=1e-3)
-
-
-if __name__ == "__main__":
-    unittest.main()

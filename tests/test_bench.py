@@ -85,7 +85,3 @@ class Peers(unittest.TestCase):
         self.check("minGPT", NewGELU())
         self.check("nanoGPT", torch.nn.GELU())
         self.check("transformers", NewGELU(), for_transformers, new=4)
-
-
-if __name__ == "__main__":
-    unittest.main()

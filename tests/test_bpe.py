@@ -265,17 +265,14 @@ class Download(Server):
 
     def test_only_the_file_itself_is_kept(self):
         self.path.parent.mkdir()
-        cases = dict(
-            status=dict(status=500, body=b"sorry"), cut=dict(self.good, send=1000),
-            late=dict(self.good, hang=5), page=dict(body=b"<html>sorry"), empty=dict(body=b""))
-        for name, answer in cases.items():
-            with self.subTest(name):
-                self.path.write_text("an error page of long ago")
-                self.files["/a.txt"] = [answer]
-                with self.assertRaisesRegex(OSError, "download failed: .* put it at .*a.txt"):
-                    self.read()
-                self.assertEqual(self.path.read_text(), "an error page of long ago")
-                self.recovers()
+        for answer in (dict(status=500, body=b"sorry"), dict(body=b"<html>sorry"),
+                       dict(self.good, send=1000), dict(self.good, hang=5)):
+            self.path.write_text("an error page of long ago")
+            self.files["/a.txt"] = [answer]
+            with self.assertRaisesRegex(OSError, "download failed: .* put it at .*a.txt"):
+                self.read()
+            self.assertEqual(self.path.read_text(), "an error page of long ago")
+            self.recovers()
 
     def test_a_full_disk_leaves_nothing(self):
         self.files["/a.txt"] = [self.good]
@@ -283,7 +280,6 @@ class Download(Server):
         with full, self.assertRaisesRegex(OSError, "No space"):
             self.read()
         self.assertEqual(list(self.path.parent.iterdir()), [])
-        self.recovers()
 
 
 class Training(unittest.TestCase):
@@ -307,7 +303,3 @@ class Training(unittest.TestCase):
         self.assertEqual(encoder.encoder["".join(list(encoder.bpe_ranks)[0])], 256)
         self.assertEqual(encoder.eot_token, 299)
         self.assertEqual(len(train_bpe.train_bpe("", 300).encoder), 257)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -145,7 +145,3 @@ class DataSets(Server):
             self.files[path] = good
             chargpt.find_text(name)
             (self.folder / name).unlink()
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -169,7 +169,3 @@ class Talk(WorkingFolder):
             status, printed, errors = run_here(chat.main, *args)
             self.assertEqual((status, printed), (2, ""))
             self.assertRegex(errors, f"^error: .*{message}")
-
-
-if __name__ == "__main__":
-    unittest.main()

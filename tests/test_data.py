@@ -87,12 +87,11 @@ class Windows(unittest.TestCase):
             for i, (x, y) in enumerate(dataset):
                 self.assertEqual((x.tolist(), y.tolist()), (row[i:i + 3], row[i + 1:i + 4]))
             self.assertEqual((x.dtype, y.dtype), (torch.int64, torch.int64))
-            self.assertTrue(torch.equal(dataset[-1][0], x))
 
     def test_a_subset_may_count_from_the_end_but_not_past_it(self):
         dataset = TokenDataset(range(20), 4)
-        x, _ = next(load_batches(Subset(dataset, [-1, -3]), [[0, 1]]))
-        self.assertEqual(x[:, 0].tolist(), [15, 13])
+        x, y = next(load_batches(Subset(dataset, [-1, -3]), [[0, 1]]))
+        self.assertEqual((x[:, 0].tolist(), y[:, 0].tolist()), ([15, 13], [16, 14]))
         with self.assertRaises(IndexError):
             next(load_batches(Subset(dataset, [16]), [[0]]))
 
@@ -124,9 +123,8 @@ class Stream(Noise, IterableDataset):
 
 class Batches(unittest.TestCase):
     def test_a_step_is_a_function_of_its_seed(self):
-        drawn = np.random.default_rng((3, 7)).integers(10, size=4).tolist()
-        for _ in range(2):
-            self.assertEqual(draw_examples(7, 3, 10, 4).tolist(), drawn)
+        drawn = np.random.default_rng((3, 7)).integers(10, size=4)
+        self.assertEqual(draw_examples(7, 3, 10, 4).tolist(), drawn.tolist())
 
     def test_without_replacement_all_come_once(self):
         for size, batch_size in ((10, 4), (7, 7), (3, 8)):
@@ -149,10 +147,6 @@ class Batches(unittest.TestCase):
         self.assertNotEqual(drawn[0], drawn[2])
         self.assertTrue(torch.equal(torch.get_rng_state(), before))
 
-    def test_a_dataset_may_build_batches(self):
-        x, y = next(load_batches(TokenDataset(range(20), 4), [[3, 1]]))
-        self.assertEqual((x[:, 0].tolist(), y[:, 0].tolist()), ([3, 1], [4, 2]))
-
     def test_batches_and_datasets_of_another_form_are_refused(self):
         one = torch.zeros(3)
         for example in ({"x": one, "y": one}, (one, one, one), one, (one, "text")):
@@ -166,7 +160,3 @@ class Batches(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, r"expected .*\(x, y\)"):
                 count_examples(dataset)
         self.assertEqual(count_examples(Noise()), 6)
-
-
-if __name__ == "__main__":
-    unittest.main()

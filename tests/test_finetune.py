@@ -123,7 +123,3 @@ class Finetune(WorkingFolder):
             changed = {re.search(r"h\.\d|ln_f|wte|wpe|lm_head", name)[0]
                        for name, p in model.named_parameters() if not p.equal(before[name])}
             self.assertEqual(changed, {*expected, "ln_f"})
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -139,7 +139,6 @@ class Config(unittest.TestCase):
             (dict(model_type="gpt3"), "model_type='gpt3', expected .*gpt2"),
             (dict(model_type="gpt-nano"), "'gpt-nano' means n_layer=3, but n_layer=2 is given"),
             (dict(vocab_size=None), "vocab_size=None"),
-            (dict(block_size=0), "block_size=0"),
             (dict(block_size=8.0), "block_size=8.0"),
             (dict(n_head=None), "n_head=None, .*model_type"),
             (dict(n_embd=10, n_head=3), "n_embd=10, expected a multiple of n_head=3"),
@@ -340,7 +339,6 @@ class Generate(unittest.TestCase):
         expected = [self.model.generate(prompt, 12).tolist() for prompt in prompts]
         # With dropout, each of them would go wrong.
         self.model.train()
-        # In each turn, every stream gives one token.
         turns = list(zip(*(self.model.stream(prompt, 12) for prompt in prompts)))
         for i, tokens in enumerate(zip(*turns)):
             self.assertEqual(torch.cat(tokens).tolist(), expected[i][0][3:])
@@ -357,8 +355,6 @@ class Generate(unittest.TestCase):
             (idx[0], {}, "shape"),
             (idx + 11, {}, "tokens from 11 to 11, expected 0 to 10"),
             (idx, dict(max_new_tokens=-1), "max_new_tokens=-1"),
-            (idx, dict(max_new_tokens=1.5), "max_new_tokens=1.5"),
-            (idx, dict(temperature=-1.0), "temperature=-1"),
             (idx, dict(temperature=math.nan), "temperature=nan"),
             (idx, dict(top_k=0), "top_k=0"),
             (idx, dict(top_p=0.0), "top_p=0"),
@@ -394,7 +390,3 @@ class Optimizer(unittest.TestCase):
                 self.assertEqual(names_in(decayed, model), head + in_blocks)
                 expected = in_blocks if optimizer == "muon" else []
                 self.assertEqual(names_in(by_muon, model), expected)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -120,7 +120,3 @@ class Joined(unittest.TestCase):
             optimizer.param_groups[2]["lr"] = 0.5
             optimizer.step()
         self.check_equal(parameters)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -17,8 +17,6 @@ from common import ROOT, Folder, tiny_config, vocabulary_folder
 from mingpt.model import GPT
 from mingpt.utils import set_seed
 
-NOTEBOOKS = ("demo.ipynb", "generate.ipynb")
-
 
 def read(name: str):
     return nbformat.read(ROOT / name, as_version=4)
@@ -65,14 +63,10 @@ class Notebooks(Folder):
         self.assertIn("parameters", now)
 
     def test_both_are_stored_with_their_outputs(self):
-        for name in NOTEBOOKS:
+        for name in ("demo.ipynb", "generate.ipynb"):
             cells = [cell for cell in read(name).cells if cell.cell_type == "code"]
             outputs = [output for cell in cells for output in cell.outputs]
             self.assertTrue(any("image/png" in output.get("data", {}) for output in outputs), name)
             self.assertFalse(any(output.output_type == "error" for output in outputs), name)
             self.assertEqual([cell.execution_count for cell in cells],
                              list(range(1, len(cells) + 1)), name)
-
-
-if __name__ == "__main__":
-    unittest.main()

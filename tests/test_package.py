@@ -115,7 +115,3 @@ class Distribution(Folder):
         shown = run_python("-W", "error", "-c", script, cwd=self.folder, PYTHONPATH=str(library))
         expected = [mingpt.__version__, str(library / "mingpt" / "__init__.py")]
         self.assertEqual(shown.stdout.split(), expected)
-
-
-if __name__ == "__main__":
-    unittest.main()

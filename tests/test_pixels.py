@@ -100,7 +100,3 @@ class Scores(unittest.TestCase):
         self.assertIn(f"the model                 {bits:.4f}", printed)
         self.assertIn(f"told the digit {told:.4f}", printed)
         self.assertIn(f"the model                 {(p.argmax(1) == truth).mean():.2%}", printed)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -93,7 +93,7 @@ class Seeded(Folder):
 
 
 class Loading(Seeded):
-    def check(self, model: GPT, name: str = "") -> GPT:
+    def check(self, model: GPT, name: str) -> GPT:
         """Loads a folder: the logits are those of GPT-2's formula in NumPy."""
         loaded = GPT.from_pretrained(self.folder / name)
         idx = torch.randint(11, (1, 8))
@@ -102,20 +102,15 @@ class Loading(Seeded):
         self.assertFalse(loaded.training)
         return loaded
 
-    def test_every_form_of_weights_loads(self):
-        for form, tied in itertools.product(FORMS, (True, False)):
-            with self.subTest(form, tied=tied):
+    def test_every_form_loads_and_the_head_decides_whether_the_model_is_tied(self):
+        # config.json always says that it is, or once that it is not.
+        cases = [*itertools.product(FORMS, (True, False), (True,)), ("bin", True, False)]
+        for form, tied, said in cases:
+            with self.subTest(form, tied=tied, said=said):
                 model = tiny_gpt(tie_weights=tied)
-                write_folder(self.folder / form / str(tied), model, form)
-                self.assertEqual(self.check(model, f"{form}/{tied}").is_tied, tied)
-
-    def test_the_head_decides_whether_the_model_is_tied(self):
-        # Whatever config.json says.
-        for said, tied in itertools.product((True, False), repeat=2):
-            model = tiny_gpt(tie_weights=tied)
-            write_folder(self.folder, model, tie_word_embeddings=said)
-            with self.subTest(said=said, tied=tied):
-                loaded = self.check(model)
+                name = f"{form} {tied}"
+                write_folder(self.folder / name, model, form, tie_word_embeddings=said)
+                loaded = self.check(model, name)
                 self.assertEqual((loaded.is_tied, loaded.config.tie_weights), (tied, tied))
 
     def test_a_subclass_keeps_what_it_makes_for_itself(self):
@@ -231,11 +226,9 @@ class BadFolders(Seeded):
             self.refused(named)
 
     def test_a_name_that_is_no_folder_cannot_leave_the_cache(self):
-        self.addCleanup(os.chdir, os.getcwd())
-        os.chdir(self.folder)
-        for name in ("", "nothing", "./out", "../no/model", "~/nowhere/x", "/nowhere/model",
-                     "a/b/c", "out\\model", "a/..", "../no/..", "owner/.git", "owner/model\n",
-                     "out/", "a\0/b", "x" * 5000, str(self.config)):
+        for name in ("", "nothing", "../no/model", "~/nowhere/x", "/nowhere/model", "a/b/c",
+                     "no\\model", "a/..", "owner/.git", "owner/model\n", "a\0/b", "x" * 5000,
+                     str(self.config)):
             with self.subTest(name), mock.patch("huggingface_hub.snapshot_download") as fetch:
                 for load in (GPT.from_pretrained, lambda name: load_encoder(name, 50257)):
                     with self.assertRaisesRegex(FileNotFoundError, "there is no folder"):
@@ -312,15 +305,13 @@ class Saving(Seeded):
 
         for name, part in (
             ("transformer.h.0.mlp.act", QuickGELU()), ("transformer.h.0.mlp.dropout", Twice()),
-            ("transformer.h.1.mlp.act", nn.SiLU()), ("transformer.h.1.mlp.act", nn.GELU()),
-            ("transformer.h.0.ln_1", nn.RMSNorm(16)), ("transformer.ln_f.eps", 1e-6),
-            ("lm_head", nn.Linear(16, 11)), ("lm_head", nn.Linear(16, 12, bias=False)),
-            ("extra", nn.Linear(2, 2)), ("scale", nn.Parameter(torch.ones(1))),
+            ("transformer.h.1.mlp.act", nn.GELU()), ("transformer.h.0.ln_1", nn.RMSNorm(16)),
+            ("transformer.ln_f.eps", 1e-6), ("transformer.h.0.attn.n_head", 1),
+            ("lm_head", nn.Linear(16, 11)), ("extra", nn.Linear(2, 2)),
             ("transformer.h.0.mlp", nn.Sequential(nn.Linear(16, 16))),
             ("transformer.h.2", Block(tiny_gpt().config)),
             ("transformer.h.1.mlpf", lambda x: x),
             ("transformer.h.0.ln_1.forward", lambda x: x),
-            ("transformer.h.0.attn.n_head", 1),
         ):
             model = tiny_gpt()
             module, _, field = name.rpartition(".")
@@ -384,29 +375,26 @@ class Transformers(Seeded):
     def test_it_reads_and_writes_the_same_vocabularies(self):
         from tokenizers import ByteLevelBPETokenizer
         from transformers import AutoTokenizer, GPT2Tokenizer
-        save_encoder(get_encoder(), self.folder / "gpt2")
-        small = ByteLevelBPETokenizer()
-        small.train_from_iterator([SAMPLE], vocab_size=300, min_frequency=1,
-                                  special_tokens=["<|endoftext|>", "<pad>"])
-        (self.folder / "small").mkdir()
-        small.save_model(str(self.folder / "small"))
-        write_json(self.folder / "small" / "added_tokens.json", {"<sep>": 300})
-        for name, rows in (("gpt2", 50304), ("small", 384)):
-            tokenizer = GPT2Tokenizer.from_pretrained(self.folder / name)
-            tokenizer.add_special_tokens({"additional_special_tokens": ["<user>"]})
-            tokenizer.add_tokens(["Köln"])
-            # Transformers 5 writes tokenizer.json alone.
-            tokenizer.save_pretrained(self.folder / f"{name} added")
-            save_encoder(load_encoder(self.folder / f"{name} added", rows),
-                         self.folder / f"{name} again")
-            for kind in ("", " added", " again"):
-                folder = self.folder / f"{name}{kind}"
-                write_json(folder / "config.json", {"model_type": "gpt2"})
-                encoder = load_encoder(folder, rows)
-                tokens = encoder.encode(SAMPLE, encoder.special_tokens)
-                with self.subTest(name=name, kind=kind):
-                    self.assertEqual(tokens, AutoTokenizer.from_pretrained(folder).encode(SAMPLE))
-                    self.assertEqual(encoder.decode(tokens), SAMPLE)
+        theirs, added, ours = (self.folder / name for name in ("theirs", "added", "ours"))
+        trained = ByteLevelBPETokenizer()
+        trained.train_from_iterator([SAMPLE], vocab_size=300, min_frequency=1,
+                                    special_tokens=["<|endoftext|>", "<pad>"])
+        theirs.mkdir()
+        trained.save_model(str(theirs))
+        write_json(theirs / "added_tokens.json", {"<sep>": 300})
+        tokenizer = GPT2Tokenizer.from_pretrained(theirs)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<user>"]})
+        tokenizer.add_tokens(["Köln"])
+        # Transformers 5 writes tokenizer.json alone.
+        tokenizer.save_pretrained(added)
+        save_encoder(load_encoder(added, 384), ours)
+        for folder in (theirs, added, ours):
+            write_json(folder / "config.json", {"model_type": "gpt2"})
+            encoder = load_encoder(folder, 384)
+            tokens = encoder.encode(SAMPLE, encoder.special_tokens)
+            with self.subTest(folder.name):
+                self.assertEqual(tokens, AutoTokenizer.from_pretrained(folder).encode(SAMPLE))
+                self.assertEqual(encoder.decode(tokens), SAMPLE)
 
 
 class Vocabularies(Seeded):
@@ -449,7 +437,6 @@ class Vocabularies(Seeded):
         for part, changes, named in (
             ("normalizer", {"type": "NFC"}, "normalizer .* type = 'NFC'"),
             ("pre_tokenizer", None, "pre_tokenizer .* type = None"),
-            ("pre_tokenizer", {"type": "Metaspace"}, "type = 'Metaspace'"),
             ("pre_tokenizer", {"add_prefix_space": True}, "add_prefix_space = True"),
             ("pre_tokenizer", {"use_regex": False}, "use_regex = False"),
             ("model", {"type": "Unigram"}, "model .* type = 'Unigram'"),
@@ -460,7 +447,6 @@ class Vocabularies(Seeded):
             ("model", {"vocab": {"a": "x"}}, "the number 'x'"),
             ("model", {"vocab": ["a"]}, "no vocabulary"), ("model", [1], "no vocabulary"),
             ("model", {"merges": [["a", "b", "c"]]}, "no vocabulary"),
-            ("model", {"merges": 3}, "no vocabulary"),
             ("added_tokens", [{"id": 3, "content": "<x>"}], "'<x>' has the number 3"),
             ("added_tokens", [{"id": 1}], "no vocabulary"),
             ("added_tokens", [{"id": 1, "content": ""}], "a token without text"),
@@ -521,7 +507,3 @@ class Hub(Seeded):
         pattern = "^there is no folder 'owner/model', and the hub does not give it: .*model'$"
         with self.assertRaisesRegex(OSError, pattern):
             GPT.from_pretrained("owner/model")
-
-
-if __name__ == "__main__":
-    unittest.main()

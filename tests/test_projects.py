@@ -55,11 +55,9 @@ MISTAKES = [  # a script, its settings, and what the line says
     ("bench/bench.py", "nothing", "nothing"),
     ("bpe/train_bpe.py", "--data.vocab_size=256", "expected 257 or more"),
     ("chargpt/chargpt.py", "--data.path=Text8", "did you mean text8"),
-    ("chargpt/chargpt.py", "--data.path=same.txt", "1 distinct characters, expected two"),
     ("chargpt/chargpt.py", "--data.path=in.txt --system.prompt=xyz", "the prompt has 'x', 'y'"),
     ("chargpt/chargpt.py", "--system.mode=sample", "there is no model in ./out/chargpt; train"),
     ("chat/chat.py", "--model=/nothing", "there is no folder '/nothing'"),
-    ("chat/chat.py", "--train=dialogs.txt --held_out=3", "got 3 dialogs .* expected at least one"),
     ("finetune/finetune.py", "", "expected the name of a text file"),
     ("finetune/finetune.py", "--data.path=same.txt --model.model_type=gpt-nano",
      "same.txt has 99 characters, expected about .* or more"),
@@ -134,7 +132,3 @@ class Projects(WorkingFolder):
         log = (self.folder / "out" / "adder" / "log.txt").read_text(encoding="utf-8")
         self.assertIn("step      2  loss", log)
         self.assertTrue(result.stdout.endswith(log))
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -123,7 +123,3 @@ class Recipes(WorkingFolder):
             model(x, y)[1].backward()
         for ours, theirs in zip(r.model.parameters(), r.first.parameters()):
             torch.testing.assert_close(ours.grad, theirs.grad)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -95,7 +95,3 @@ class Problems(unittest.TestCase):
         expected = [a + b >= 100 and a % 10 + b % 10 >= 10
                     for a, b in zip(*np.divmod(dataset.problems(range(len(dataset))), 100))]
         self.assertEqual(places, np.flatnonzero(expected).tolist())
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -72,7 +72,7 @@ class Configuration(unittest.TestCase):
             ("--data.n_heads=3", "no setting --data.n_heads; did you mean --data.n_head\\?"),
             ("--n_head=3", "did you mean --data.n_head\\?"), ("-seed=3", "no setting -seed"),
             ("--lr=3", "no setting --lr"), ("--data=3", "no setting --data"),
-            ("--seed", "--seed without a value"), ("--name", "--name without a value"), ("--seed=x", "--seed takes .* type int"),
+            ("--name", "--name without a value"), ("--seed=x", "--seed takes .* type int"),
             ("--seed=1.5", "type int"), ("--seed=None", "type int"), ("--fast=1", "type bool"),
             ("--data.rate=nan", "type float"), ("--seed=print(1)", "type int"),
         ):
@@ -277,7 +277,3 @@ class Scripts(unittest.TestCase):
                 run_script(lambda args: print("größe 🤗"))
         old.flush()
         self.assertTrue(old.buffer.getvalue().startswith(b"gr??e ?"))
-
-
-if __name__ == "__main__":
-    unittest.main()
