@@ -4,7 +4,6 @@ import io
 import itertools
 import re
 import sys
-import unittest
 from unittest import mock
 
 import torch

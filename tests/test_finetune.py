@@ -4,7 +4,6 @@ import json
 import math
 import re
 import sys
-import unittest
 
 import torch
 

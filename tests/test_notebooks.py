@@ -7,7 +7,6 @@ Both notebooks, from top to bottom and without a network; what they print is wha
 import os
 import re
 import subprocess
-import unittest
 from unittest import mock
 
 import nbclient

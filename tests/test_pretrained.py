@@ -12,7 +12,6 @@ import os
 import pickle
 import shutil
 import sys
-import unittest
 from pathlib import Path
 from unittest import mock
 

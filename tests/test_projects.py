@@ -10,7 +10,6 @@ import importlib.util
 import io
 import os
 import sys
-import unittest
 from unittest import mock
 
 from common import ROOT, WorkingFolder, run_here, run_python, vocabulary_folder

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import unittest
 from types import SimpleNamespace
 from unittest import mock
 
