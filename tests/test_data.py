@@ -32,11 +32,10 @@ class Texts(Folder):
         self.assertEqual(read_text(self.path), "a\nb\nc\n\ufeffé")
 
     def test_a_file_of_another_encoding_says_where(self):
-        for content, byte, place in (
-                (b"broken\xff", "0xff", 6), (b"\xef\xbb\xbfabc\xff", "0xff", 6),
-                (b"\xff\xfeh\x00", "0xff", 0), (b"a" * 70_000 + b"\xc3", "0xc3", 70_000)):
+        for content, place in ((b"broken\xff", 6), (b"\xef\xbb\xbfabc\xff", 6),
+                               (b"\xff\xfeh\x00", 0), (b"a" * 70_000 + b"\xc3", 70_000)):
             self.path.write_bytes(content)
-            with self.assertRaisesRegex(ValueError, f"in.txt is not UTF-8.* {byte} .* {place};"):
+            with self.assertRaisesRegex(ValueError, f"in.txt is not UTF-8.* {place};"):
                 read_text(self.path)
         with self.assertRaisesRegex(ValueError, "there is no text file"):
             read_text(self.folder)
@@ -159,4 +158,3 @@ class Batches(unittest.TestCase):
         for dataset in (Stream(), Dataset(), []):
             with self.assertRaisesRegex(ValueError, r"expected .*\(x, y\)"):
                 count_examples(dataset)
-        self.assertEqual(count_examples(Noise()), 6)

@@ -48,11 +48,10 @@ class Notebooks(Folder):
         right, total = map(int, re.search(r"held out: (\d+) of (\d+) lists sorted", now).groups())
         self.assertEqual(total, 180)
         self.assertGreaterEqual(right, 170)
-        # The first loss that it prints comes from one forward pass: only its last digit may differ.
+        # The first loss comes from one forward pass: only its fourth digit may differ.
         losses = [re.search(r"loss\D*(\d+\.\d+)", text)[1]
                   for text in (now, printed(read("demo.ipynb")))]
-        digits = len(losses[0].partition(".")[2])
-        self.assertAlmostEqual(float(losses[0]), float(losses[1]), delta=1.5 * 10**-digits)
+        self.assertAlmostEqual(float(losses[0]), float(losses[1]), delta=1.5e-4)
 
     def test_generate_with_a_model_in_a_folder(self):
         set_seed(1)

@@ -92,25 +92,20 @@ class Seeded(Folder):
 
 
 class Loading(Seeded):
-    def check(self, model: GPT, name: str) -> GPT:
-        """Loads a folder: the logits are those of GPT-2's formula in NumPy."""
-        loaded = GPT.from_pretrained(self.folder / name)
-        idx = torch.randint(11, (1, 8))
-        logits = loaded(idx)[0].double()
-        torch.testing.assert_close(logits, oracle(model, idx), atol=1e-5, rtol=1e-5)
-        self.assertFalse(loaded.training)
-        return loaded
-
     def test_every_form_loads_and_the_head_decides_whether_the_model_is_tied(self):
         # config.json always says that it is, or once that it is not.
         cases = [*itertools.product(FORMS, (True, False), (True,)), ("bin", True, False)]
+        idx = torch.randint(11, (1, 8))
         for form, tied, said in cases:
             with self.subTest(form, tied=tied, said=said):
                 model = tiny_gpt(tie_weights=tied)
-                name = f"{form} {tied}"
-                write_folder(self.folder / name, model, form, tie_word_embeddings=said)
-                loaded = self.check(model, name)
+                folder = self.folder / f"{form} {tied}"
+                write_folder(folder, model, form, tie_word_embeddings=said)
+                loaded = GPT.from_pretrained(folder)
+                logits = loaded(idx)[0].double()
+                torch.testing.assert_close(logits, oracle(model, idx), atol=1e-5, rtol=1e-5)
                 self.assertEqual((loaded.is_tied, loaded.config.tie_weights), (tied, tied))
+                self.assertFalse(loaded.training)
 
     def test_a_subclass_keeps_what_it_makes_for_itself(self):
         class Sub(GPT):
@@ -185,10 +180,9 @@ class BadFolders(Seeded):
         state = hub_weights(self.model)
         layer = "transformer.h.1.mlp.c_fc.weight"
         for content, named in (
-            ([1, 2], "pytorch_model.bin"), (None, "pytorch_model.bin"), ({}, "n_layer"),
-            ({"model": state}, "dict as 'model'"), (state | {0: torch.ones(2)}, "as 0"),
-            (state | {WTE: None}, "NoneType as .*wte"), (state | {WTE: state[WTE][None]}, WTE),
-            (state | {layer: state[layer].int()}, layer),
+            ([1, 2], "pytorch_model.bin"), ({}, "n_layer"), ({"model": state}, "dict as 'model'"),
+            (state | {0: torch.ones(2)}, "as 0"), (state | {WTE: None}, "NoneType as .*wte"),
+            (state | {WTE: state[WTE][None]}, WTE), (state | {layer: state[layer].int()}, layer),
             (state | {"transformer.other": torch.ones(2)}, "transformer.other"),
             ({key: value for key, value in state.items() if key != layer}, layer),
             ({key: value for key, value in state.items() if key != WTE}, WTE),
@@ -265,8 +259,7 @@ class Saving(Seeded):
                       untied, shared, plain, cut, twice):
             for form in ("safetensors", "bin"):
                 loaded, _ = self.save(model, form)
-                with torch.no_grad():
-                    torch.testing.assert_close(loaded(idx)[0], model(idx)[0])
+                torch.testing.assert_close(loaded(idx)[0], model(idx)[0])
                 self.assertEqual(loaded.is_tied, model.is_tied)
                 self.assertEqual(loaded.config.resid_pdrop, model.config.resid_pdrop)
 
@@ -353,7 +346,7 @@ class Transformers(Seeded):
         transformers.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
 
-    def test_it_reads_and_writes_the_same_models_and_texts(self):
+    def test_it_reads_and_writes_the_same_models(self):
         from transformers import GPT2Config, GPT2LMHeadModel
         for tied, activation in ((True, "gelu_new"), (False, "gelu")):
             config = GPT2Config(vocab_size=61, n_positions=20, n_embd=24, n_layer=2, n_head=3,
@@ -365,10 +358,9 @@ class Transformers(Seeded):
             ours.save_pretrained(self.folder)
             again = GPT2LMHeadModel.from_pretrained(self.folder).eval()
             idx = torch.randint(61, (2, 20))
-            with torch.no_grad():
-                expected = theirs(idx).logits
-                torch.testing.assert_close(ours(idx)[0], expected, atol=1e-9, rtol=1e-9)
-                torch.testing.assert_close(again(idx).logits, expected)
+            expected = theirs(idx).logits
+            torch.testing.assert_close(ours(idx)[0], expected, atol=1e-9, rtol=1e-9)
+            torch.testing.assert_close(again(idx).logits, expected)
             self.assertEqual(ours.is_tied, tied)
 
     def test_it_reads_and_writes_the_same_vocabularies(self):
