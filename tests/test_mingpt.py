@@ -648,7 +648,3 @@ class Runs(unittest.TestCase):
         _, ignored, device = [record.getMessage() for record in logged.records]
         self.assertIn("work_dir, eval_interval", ignored)
         self.assertEqual(device, "running on device cpu")
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -623,7 +623,3 @@ def stop_in_last(args: list[str]) -> None:
         at_step(run, 2, Run.stop)
     run.run()
     print(f"seed {run.seed}, ended after {run.iter_num}\n", end="")
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -322,7 +322,3 @@ class Interruptions(unittest.TestCase):
         steps = {name: int(trainer.optimizer.state[p]["step"])
                  for name, p in trainer.model.named_parameters()}
         self.assertEqual((steps["lm_head.weight"], steps["transformer.wte.weight"]), (2, 4))
-
-
-if __name__ == "__main__":
-    unittest.main()
