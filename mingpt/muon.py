@@ -109,7 +109,7 @@ def join_muon(groups: list[dict], in_blocks: set, stacked: set, config) -> Joine
     stacked: matrices stacked from three. config: the settings of the trainer.
     """
     matrices = [p for p in groups[0]["params"] if p in in_blocks]
-    rest = [p for p in groups[0]["params"] if p not in set(matrices)]
+    rest = [p for p in groups[0]["params"] if p not in in_blocks]
     muon_groups = [{"params": [p for p in matrices if p in stacked], "parts": 3},
                    {"params": [p for p in matrices if p not in stacked]}]
     adamw = torch.optim.AdamW([{"params": rest}, groups[1]], lr=config.learning_rate,
