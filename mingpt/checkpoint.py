@@ -35,9 +35,10 @@ PLAIN_TYPES = (str, int, float, bool, bytes, type(None))
 def save_checkpoint(path: str | Path, content: dict) -> None:
     """Writes a checkpoint beside `path`, then renames it. Makes the folder."""
     path = Path(path).expanduser()
+    content = make_plain(content)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part, open(part, "wb") as file:
-        torch.save(make_plain(content), file)
+        torch.save(content, file)
 
 
 def make_plain(value: Any, name: str = "checkpoint") -> Any:
