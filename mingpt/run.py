@@ -26,7 +26,7 @@ from torch import nn
 
 from mingpt import checkpoint, processes
 from mingpt.data import count_examples, load_batches
-from mingpt.trainer import Trainer
+from mingpt.trainer import Trainer, is_scheduled
 from mingpt.utils import CN, check_config, eval_mode, logger, naming_file, progress
 
 RULES = (  # names of settings, test of a value, what is expected
@@ -276,8 +276,7 @@ class Run(Trainer):
         checkpoint.load_model_state(self.model, saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         self.optimizer = optimizer
-        then = saved["config"]
-        self.has_schedule = then["schedule"] != "constant" or then["warmup_iters"] > 0
+        self.has_schedule = is_scheduled(saved["config"])
         # It is empty unless the precision was float16.
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
@@ -286,7 +285,7 @@ class Run(Trainer):
         self.best_loss = saved["best_loss"]
         self.elapsed = saved["elapsed"]
         self.seed = saved["seed"]
-        if config.seed not in (None, then["seed"]):
+        if config.seed not in (None, saved["config"]["seed"]):
             self.seed = int(config.seed)
         # There may be more processes now.
         if self.rank < len(saved["random_states"]):
@@ -295,5 +294,5 @@ class Run(Trainer):
             torch.manual_seed(self.seed + self.rank)
         self.goes_on = True
         logger.info(f"loaded {path}, saved after step {done}")
-        for change in checkpoint.changed_settings(then, config):
+        for change in checkpoint.changed_settings(saved["config"], config):
             logger.info(change)

@@ -238,6 +238,7 @@ class Trainer:
         return self.is_stopping or self.is_end(self.steps_done)
 
     def is_end(self, step: int) -> bool:
+        """Tells whether this many steps are all that max_iters allows."""
         return self.config.max_iters is not None and step >= self.config.max_iters
 
     def stop(self) -> None:
@@ -329,7 +330,7 @@ class Trainer:
 
     def set_rates(self) -> None:
         """Sets the learning rates of this step. Without a schedule they are left alone."""
-        self.has_schedule = self.config.schedule != "constant" or self.config.warmup_iters > 0
+        self.has_schedule = is_scheduled(vars(self.config))
         if self.has_schedule:
             for group in self.optimizer.param_groups:
                 # A callback may have brought this group.
@@ -338,6 +339,11 @@ class Trainer:
 
     def after_step(self) -> None:
         """Does what comes after each step: here nothing, in Run a lot."""
+
+
+def is_scheduled(settings: dict) -> bool:
+    """Tells whether the trainer sets the learning rates: a warm-up is a schedule, too."""
+    return settings["schedule"] != "constant" or settings["warmup_iters"] > 0
 
 
 def carry_over(before: Any, optimizer: Any, keeps_rates: bool) -> None:
