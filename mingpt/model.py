@@ -203,18 +203,18 @@ class GPT(nn.Module):
     @staticmethod
     def get_default_config() -> CN:
         C = CN()
-        # Give a model_type, see PRESETS below, or the three sizes.
-        C.model_type = "gpt"  # 'gpt2', 'gpt-nano', ...; 'gpt' has the sizes that are given
-        C.n_layer = None  # number of blocks
-        C.n_head = None  # number of heads in each block
-        C.n_embd = None  # channels: length of a token's vector
         # These two are required.
         C.vocab_size = None  # number of different tokens
         C.block_size = None  # how many tokens the model can look back on
+        # Give a model_type, see PRESETS below, or the three sizes.
+        C.model_type = "gpt"  # 'gpt2', 'gpt-nano', ...; 'gpt' has the sizes that are given
+        C.n_embd = None  # channels: length of a token's vector
+        C.n_layer = None  # number of blocks
+        C.n_head = None  # number of heads in each block
         # Dropout: the share of numbers that is set to 0 in training.
         C.embd_pdrop = 0.1  # after the embedding
-        C.resid_pdrop = 0.1  # on what a block adds to the residual stream
         C.attn_pdrop = 0.1  # on the attention weights
+        C.resid_pdrop = 0.1  # on what a block adds to the residual stream
         C.tie_weights = False  # one matrix embeds the tokens and scores them at the end
         return C
 
