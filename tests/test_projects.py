@@ -6,6 +6,7 @@ The scripts of the projects, as a user runs them: help, a mistake, a run at toy 
 What a project computes is tested in its own file.
 """
 
+import concurrent.futures
 import importlib.util
 import io
 import os
@@ -125,7 +126,16 @@ class Projects(WorkingFolder):
         self.assertEqual({name for name, *_ in RUNS} | {"bench/bench.py"}, set(SCRIPTS))
         self.assertEqual({name for name, *_ in MISTAKES}, set(SCRIPTS))
 
-    def test_a_real_start_from_another_folder(self):
+    def test_each_has_a_real_start_from_another_folder(self):
+        def start(name):
+            return run_python(PROJECTS / name, "--help", cwd=self.folder).stdout
+
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            for name, printed in zip(SCRIPTS, threads.map(start, SCRIPTS)):
+                with self.subTest(name):
+                    self.assertRegex(printed, "^usage: |^Settings, each with its default")
+
+    def test_a_real_run_from_another_folder(self):
         script = PROJECTS / "adder" / "adder.py"
         result = run_python(script, *TINY_ADDER.split(), cwd=self.folder)
         log = (self.folder / "out" / "adder" / "log.txt").read_text(encoding="utf-8")
