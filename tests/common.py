@@ -39,6 +39,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Tiny models gain nothing from a second thread, and a fork loses all threads but one.
 torch.set_num_threads(1)
+# The first backward pass decides whether autograd has threads. A plain one needs none. One
+# inside torch.compile may start them, and then no fork can learn.
+torch.ones((), requires_grad=True).backward()
 
 # Tests that look at the log turn it on.
 logging.getLogger("mingpt").setLevel(logging.WARNING)
