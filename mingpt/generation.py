@@ -35,8 +35,11 @@ TOKENWISE = {
 
 def write(model: Any, idx: Tensor, max_new_tokens: int, temperature: float, do_sample: bool,
           top_k: int | None, top_p: float | None, stop_token: int | None,
-          use_cache: bool) -> Iterator[Tensor]:
-    """Checks the settings of GPT.generate and returns the new tokens, (B, 1) each."""
+          use_cache: bool) -> tuple[Iterator[Tensor], Any]:
+    """Checks the settings of GPT.generate.
+
+    Returns the new tokens, (B, 1) each, and how to turn gradients off while asking for one.
+    """
     # A vocabulary of one's own may be unknown.
     wte = getattr(model.transformer, "wte", None)
     V = wte.weight.size(0) if isinstance(wte, nn.Embedding) else math.inf
@@ -50,56 +53,57 @@ def write(model: Any, idx: Tensor, max_new_tokens: int, temperature: float, do_s
     is_token = lambda v: v is None or 0 <= operator.index(v) < V
     check_config(settings, (*RULES, ("stop_token", is_token, f"a token from 0 to {V - 1}")))
     choose = make_choice(temperature, do_sample, top_k, top_p)
-    return _write(model, idx, max_new_tokens, choose, stop_token, use_cache)
+
+    if not can_cache(model):
+        # Parts that are not known may keep tensors for a later training.
+        return _write(model, idx, max_new_tokens, choose, stop_token, None), torch.no_grad
+    cache = None
+    if use_cache:
+        room = min(idx.size(1) + max_new_tokens, model.block_size)
+        cache = [KVCache(room) for _ in model.transformer.h]
+    return _write(model, idx, max_new_tokens, choose, stop_token, cache), torch.inference_mode
 
 
 def _write(model: Any, idx: Tensor, max_new_tokens: int, choose: Callable,
-           stop_token: int | None, use_cache: bool) -> Iterator[Tensor]:
-    """Writes token by token; the model is in eval mode whenever it is asked for one."""
+           stop_token: int | None, cache: list["KVCache"] | None) -> Iterator[Tensor]:
+    """Writes token by token. The model is in eval mode whenever it is asked for one."""
     block_size = model.block_size
-    # The model looks at a window. With a cache it reads only what is new there.
-    window = idx[:, -block_size:]  # (B, T)
-    unread = window
+    # The text is kept in pieces: the prompt, then each new token.
+    pieces = [idx[:, -block_size:]]  # (B, T), (B, 1), (B, 1), ...
+    T = pieces[0].size(1)
     stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)  # (B, 1)
-    cache = None
-    # Parts that are not known may keep tensors for a later training.
-    no_gradients: Any = torch.no_grad
-    if can_cache(model):
-        no_gradients = torch.inference_mode
-        if use_cache:
-            room = min(idx.size(1) + max_new_tokens, block_size)
-            cache = [KVCache(room) for _ in model.transformer.h]
-
     for _ in range(max_new_tokens):
-        with no_gradients():
-            if cache is None:
-                logits, _ = model(window)  # (B, T, V)
-            else:
-                logits, _ = model(unread, cache=cache)  # (B, 1, V)
-                # A full window slides from here on, so each token changes its position.
-                # A part that leaves its cache empty does not take part.
-                T = window.size(1)
-                if T == block_size or any(part.length != T for part in cache):
-                    cache = None
-            token = choose(logits[:, -1])  # (B, V) -> (B, 1)
-            if stop_token is not None:
-                token = token.masked_fill(stopped, stop_token)
-                stopped = token == stop_token
-        window = torch.cat([window, token], dim=1)[:, -block_size:]  # (B, T + 1) at most
-        unread = window[:, -1:]  # (B, 1)
-        yield unread
+        if cache is None:
+            # The model reads the last block_size tokens anew.
+            window = torch.cat(pieces, dim=1)[:, -block_size:]  # (B, T)
+            pieces = [window]
+            logits, _ = model(window)  # (B, T, V)
+        else:
+            logits, _ = model(pieces[-1], cache=cache)  # (B, 1, V)
+            # A full window slides from here on, so each token changes its position.
+            # A part that leaves its cache empty does not take part.
+            if T == block_size or any(part.length != T for part in cache):
+                cache = None
+        token = choose(logits[:, -1])  # (B, V) -> (B, 1)
+        if stop_token is not None:
+            token = token.masked_fill(stopped, stop_token)
+            stopped = token == stop_token
+        pieces.append(token)
+        T += 1
+        yield token
         if stop_token is not None and stopped.all():
             return
 
 
-def one_by_one(model: Any, tokens: Iterator[Tensor]) -> Iterator[Tensor]:
+def one_by_one(model: Any, tokens: Iterator[Tensor], no_gradients: Any) -> Iterator[Tensor]:
     """Yields each token as (B,). Between two tokens the model is in the mode it was in."""
     while True:
-        with eval_mode(model):
+        with eval_mode(model), no_gradients():
             token = next(tokens, None)
         if token is None:
             return
-        yield token[:, 0]  # (B, 1) -> (B,)
+        # A copy of a tensor from inference mode may be learned from.
+        yield token[:, 0].clone()  # (B, 1) -> (B,)
 
 
 def make_choice(temperature: float, do_sample: bool, top_k: int | None,

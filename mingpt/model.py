@@ -89,8 +89,8 @@ class CausalSelfAttention(nn.Module):
                 raise ValueError(f"got {x.size(1)} tokens after a prompt, expected one at a time")
             k, v = cache.append(k, v)  # (B, nh, past + T, hs)
 
-        dropout = self.attn_dropout
-        if self.uses_kernel(dropout):
+        if self.uses_kernel(cache):
+            dropout = self.attn_dropout
             p = dropout.p if dropout.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=is_causal)
         else:
@@ -108,12 +108,16 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
         return qkv.permute(2, 0, 3, 1, 4).unbind()  # three of (B, nh, T, hs)
 
-    def uses_kernel(self, dropout: nn.Module) -> bool:
+    def uses_kernel(self, cache: KVCache | None) -> bool:
         """Tells whether torch's kernel may stand for the formula."""
+        # A cache is for known parts only: see can_cache in generation.py.
+        if cache is not None or not self.fused:
+            return self.fused
         # The kernel does not call the dropout module, which may be replaced or watched.
+        dropout = self.attn_dropout
         is_plain = type(dropout) in (Dropout, nn.Dropout) and "forward" not in vars(dropout)
         is_own = type(self).attend is CausalSelfAttention.attend and "attend" not in vars(self)
-        return self.fused and is_own and is_plain and not has_hooks(dropout)
+        return is_own and is_plain and not has_hooks(dropout)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Computes what the kernel computes, softmax(q kᵀ / √hs) v, step by step.
@@ -352,9 +356,9 @@ class GPT(nn.Module):
         the last block_size tokens. Raises ValueError for an empty prompt or a setting
         out of range.
         """
-        tokens = write(self, idx, max_new_tokens, temperature, do_sample, top_k, top_p,
-                       stop_token, use_cache)
-        with eval_mode(self):
+        tokens, no_gradients = write(self, idx, max_new_tokens, temperature, do_sample, top_k,
+                                     top_p, stop_token, use_cache)
+        with eval_mode(self), no_gradients():
             new = list(tokens)
         return torch.cat([idx, *new], dim=1)  # (B, T) and (B, 1) each -> (B, T + new)
 
@@ -362,9 +366,9 @@ class GPT(nn.Module):
                do_sample: bool = False, top_k: int | None = None, top_p: float | None = None,
                stop_token: int | None = None, use_cache: bool = True) -> Iterator[Tensor]:
         """Yields the tokens that generate adds, (B,) each, one by one as they come."""
-        tokens = write(self, idx, max_new_tokens, temperature, do_sample, top_k, top_p,
-                       stop_token, use_cache)
-        return one_by_one(self, tokens)
+        tokens, no_gradients = write(self, idx, max_new_tokens, temperature, do_sample, top_k,
+                                     top_p, stop_token, use_cache)
+        return one_by_one(self, tokens, no_gradients)
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> "Self":
