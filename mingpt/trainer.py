@@ -278,7 +278,9 @@ class Trainer:
             # Processes average their gradients; times world_size makes it a sum.
             loss = loss * (self.world_size * shares[i])
             self.scaler.scale(loss).backward()
-            self.loss = self.loss + loss.detach()
+            # The mean of no target may be NaN.
+            if shares[i] > 0:
+                self.loss = self.loss + loss.detach()
 
     def compute(self, network: Callable, x: Tensor, y: Tensor) -> Any:
         """Runs the network on a batch and returns (output, loss)."""

@@ -21,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch.utils.data import TensorDataset
 
 import train_script
 from common import Folder, Script, WorkingFolder, run_forked, run_python, tiny_config
@@ -29,7 +30,8 @@ from mingpt.checkpoint import read_checkpoint
 from mingpt.model import GPT
 from mingpt.run import Run
 from mingpt.utils import CfgNode, set_seed
-from test_trainer import LINE, Regression, at_step, make_trainer, no_dropout, record, weights
+from test_trainer import (
+    LINE, Bigrams, Regression, at_step, make_trainer, no_dropout, record, weights)
 from train_script import Masked, Pairs
 
 TIMES = ("seconds", "tokens_per_second")
@@ -597,6 +599,10 @@ class Processes(Folder):
                             *settings)
                 self.assert_equal_runs(f"{optimizer}{count}", f"{optimizer}1")
 
+    def test_a_process_without_a_target_takes_part_and_adds_no_loss(self):
+        run_forked(train_on_one_row_in_four, self.folder, count=2)
+        self.assertEqual(len(self.losses("")), 6)
+
     def test_they_agree_on_a_seed_and_on_the_end(self):
         printed = run_forked(stop_in_last, self.folder, count=3)
         ends = re.findall(r"seed \d+, ended after 3", printed)
@@ -613,6 +619,14 @@ class Processes(Folder):
             self.assertEqual(result.stdout.count("threads of gloo at the end: 0\n"), 2)
         self.run_in(1, "one", "--trainer.max_iters=3", "--trainer.eval_interval=1")
         self.assert_equal_runs("torchrun", "one")
+
+
+def train_on_one_row_in_four(args: list[str]) -> None:
+    """Trains a module whose loss is NaN without targets; a process gets one row in a step."""
+    x = torch.zeros(4, 8, dtype=torch.long)
+    y = torch.tensor([[2], [-1], [-1], [-1]]).expand(4, 8)
+    make_run(Bigrams(), TensorDataset(x, y), batch_size=2, max_iters=6, log_interval=1,
+             work_dir=args[0]).run()
 
 
 def stop_in_last(args: list[str]) -> None:
