@@ -54,7 +54,6 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Changes every matrix that has a gradient."""
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is not None:
@@ -105,15 +104,13 @@ class JoinedOptimizer(torch.optim.Optimizer):
 def join_muon(groups: list[dict], in_blocks: set, stacked: set, config) -> JoinedOptimizer:
     """Makes Muon for the blocks' matrices, joined with AdamW for all other parameters.
 
-    groups: AdamW's two groups, the matrices first. in_blocks: parameters of the blocks.
-    stacked: matrices stacked from three. config: the settings of the trainer.
+    groups: AdamW's two groups, the matrices first. stacked: matrices that are three in one.
     """
     matrices = [p for p in groups[0]["params"] if p in in_blocks]
     rest = [p for p in groups[0]["params"] if p not in in_blocks]
     muon_groups = [{"params": [p for p in matrices if p in stacked], "parts": 3},
                    {"params": [p for p in matrices if p not in stacked]}]
-    adamw = torch.optim.AdamW([{"params": rest}, groups[1]], lr=config.learning_rate,
-                              betas=config.betas, weight_decay=config.weight_decay, fused=True)
-    muon = Muon(muon_groups, lr=config.learning_rate, weight_decay=config.weight_decay,
-                momentum=getattr(config, "momentum", 0.95))
+    both = dict(lr=config.learning_rate, weight_decay=config.weight_decay)
+    adamw = torch.optim.AdamW([{"params": rest}, groups[1]], **both, betas=config.betas, fused=True)
+    muon = Muon(muon_groups, **both, momentum=getattr(config, "momentum", 0.95))
     return JoinedOptimizer(adamw, muon)
