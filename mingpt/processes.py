@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 
 # Signals that ask for an end. Windows has no SIGHUP.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-                if hasattr(signal, name)]
+STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 
 def rank() -> int:
@@ -53,8 +52,7 @@ def choose_device(name: str) -> str:
         # This fails on "meta", which holds no numbers.
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError):
-        raise ValueError(
-            f"got device={name!r}, which is not here; 'auto' takes what there is") from None
+        raise ValueError(f"got device={name!r}, which is not here; 'auto' finds one") from None
     return device
 
 
