@@ -90,6 +90,11 @@ def sum_over_processes(number: float) -> float:
     return total.item()
 
 
+def any_process(flag: bool) -> bool:
+    """Tells whether a flag is set in at least one process; all must call it."""
+    return sum_over_processes(flag) > 0
+
+
 def gather(value: Any) -> list:
     """Returns the values of all processes, by rank; all must call it."""
     if world_size() == 1:

@@ -82,8 +82,8 @@ class Run(Trainer):
         """Trains for max_iters steps, or goes on from the checkpoint that was loaded."""
         with processes.Signals() as self.signals:
             super().run()
-            # It came too late for a step to see it.
-            if self._is_told():
+            # A signal may come too late for a step to see it.
+            if processes.any_process(self.signals.received is not None):
                 self._leave()
 
     def begin(self) -> Callable:
@@ -108,7 +108,7 @@ class Run(Trainer):
         if self._random_state is not None:
             checkpoint.set_random_state(self._random_state, self.device_type)
             self._random_state = None
-        self._agree_to_stop()
+        self.is_stopping = processes.any_process(self.is_stopping)
         return super().draw_batches()
 
     def step(self, network: Callable, batches: list) -> None:
@@ -121,8 +121,9 @@ class Run(Trainer):
     def after_step(self) -> None:
         """Reports, validates and saves where it is due, and stops if that is asked for."""
         self.elapsed += self.iter_dt
-        is_told = self._is_told()
-        self._agree_to_stop()
+        # One process that gets a signal, or calls stop(), ends the run for all.
+        is_told = processes.any_process(self.signals.received is not None)
+        self.is_stopping = processes.any_process(self.is_stopping)
         if self._is_due("log"):
             self.report()
         if self.val_dataset is not None and self._is_due("eval"):
@@ -134,14 +135,6 @@ class Run(Trainer):
             hint = "; saved, --trainer.resume=True continues" if self.writes else ""
             logger.info(f"stopped after step {self.steps_done}{hint}")
             self._leave()
-
-    def _is_told(self) -> bool:
-        """Tells whether a signal asks for an end. One process that gets it is enough."""
-        return processes.sum_over_processes(self.signals.received is not None) > 0
-
-    def _agree_to_stop(self) -> None:
-        """Lets one process that calls stop() end the run for all."""
-        self.is_stopping = processes.sum_over_processes(self.is_stopping) > 0
 
     def _is_due(self, what: str) -> bool:
         """Tells whether reports ("log"), validations or checkpoints are due after this step."""
@@ -166,7 +159,7 @@ class Run(Trainer):
             if self.config.keep_best:
                 self.save_checkpoint(self.work_dir / "best.pt")
         self.trigger_callbacks("on_eval_end")
-        self._agree_to_stop()
+        self.is_stopping = processes.any_process(self.is_stopping)
 
     @torch.no_grad()
     def evaluate(self, dataset: Any, max_batches: int | None = None) -> float:
@@ -223,7 +216,7 @@ class Run(Trainer):
         norm = float(self.grad_norm)
         # A gradient in float16 may overflow: the scaler skips that step.
         number = loss if self.dtype == torch.float16 else loss + norm
-        if processes.sum_over_processes(not math.isfinite(number)):
+        if processes.any_process(not math.isfinite(number)):
             raise ValueError(f"the loss is {loss}, the gradient norm {norm} after step "
                              f"{self.steps_done}; try a lower learning_rate or more warmup_iters")
 
