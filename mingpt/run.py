@@ -115,7 +115,7 @@ class Run(Trainer):
         super().step(network, batches)
         self._targets = sum(y.numel() for x, y in batches) * self.world_size
         # A GPU computes on while Python goes ahead, so wait before the time is read.
-        if self._is_due("log") and self.device_type != "cpu":
+        if self._is_due("log"):
             torch.get_device_module(self.device_type).synchronize()
 
     def after_step(self) -> None:
