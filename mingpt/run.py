@@ -184,8 +184,8 @@ class Run(Trainer):
                 if n > 0:
                     total += self.compute(self.model, x, y)[1].item() * n
                     counted += n
-        all_counted = processes.sum_over_processes(counted)
-        return processes.sum_over_processes(total) / max(1, all_counted)
+        total = processes.sum_over_processes(total)
+        return total / max(1, processes.sum_over_processes(counted))
 
     def report(self) -> None:
         """Logs a line for people and a row for metrics.jsonl."""
@@ -206,9 +206,8 @@ class Run(Trainer):
                 minutes, rest = divmod(round(left), 60)
                 line += f"  {minutes}:{rest:02} left"
         logger.info(line)
-        self.write_metrics(split="train", loss=loss, lr=float(lr),
-                           grad_norm=float(self.grad_norm), tokens_per_second=round(rate),
-                           seconds=round(self.elapsed, 3))
+        self.write_metrics(split="train", loss=loss, lr=lr, grad_norm=self.grad_norm,
+                           tokens_per_second=round(rate), seconds=round(self.elapsed, 3))
 
     def _check_finite(self) -> None:
         """Raises ValueError if the training has gone astray."""
