@@ -27,11 +27,9 @@ from mingpt.data import count_examples, draw_examples, load_batches
 from mingpt.utils import CN, check_config, fill_in, logger
 
 RULES = (  # names of settings, test of a value, what is expected
-    ("batch_size grad_accum_steps", lambda v: isinstance(v, int) and v >= 1,
-     "a whole number from 1 on"),
+    ("batch_size grad_accum_steps", lambda v: isinstance(v, int) and v >= 1, "a whole number > 0"),
     ("max_iters lr_decay_iters", lambda v: v is None or v >= 0, "a number from 0 on, or None"),
-    ("num_workers", lambda v: isinstance(v, int) and 0 <= v <= 256,
-     "a whole number from 0 to 256"),
+    ("num_workers", lambda v: isinstance(v, int) and 0 <= v <= 256, "a whole number up to 256"),
     ("seed", lambda v: v is None or v == int(v) >= 0, "a whole number from 0 on, or None"),
     ("learning_rate min_lr weight_decay warmup_iters", lambda v: 0 <= v < math.inf,
      "a finite number from 0 on"),
