@@ -351,10 +351,8 @@ def carry_over(before: Any, optimizer: Any, keeps_rates: bool) -> None:
     # An optimizer of another kind has a state of its own.
     if type(before) is not type(optimizer):
         return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter in before.state:
-                optimizer.state[parameter] = before.state[parameter]
+    parameters = {p for group in optimizer.param_groups for p in group["params"]}
+    optimizer.state.update({p: state for p, state in before.state.items() if p in parameters})
     # Some optimizers also count in their groups. Settings stay the new ones.
     settings = ("params", "lr", "initial_lr", "betas", "momentum", "weight_decay")
     for old, new in zip(before.param_groups, optimizer.param_groups):
