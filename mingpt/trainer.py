@@ -160,7 +160,6 @@ class Trainer:
             self.goes_on = True
             logger.info(f"interrupted after step {self.steps_done}; run() goes on from there")
             raise
-        # All processes wait here for the last one.
         processes.barrier()
         self.runs_done += 1
         self.trigger_callbacks("on_train_end")
@@ -298,8 +297,7 @@ class Trainer:
         for cls in type(model).__mro__:
             if "count_targets" in vars(cls):
                 return int(model.count_targets(y))
-            # A class with a forward of its own has a loss of its own, of which the
-            # count_targets that it inherits knows nothing.
+            # An inherited count_targets does not know the loss of a new forward.
             if "forward" in vars(cls):
                 break
         return y.numel()
