@@ -199,12 +199,11 @@ class Run(Trainer):
         rate = self._targets / seconds
         line = (f"step {self.steps_done:>6}  loss {loss:.4f}  lr {lr:.1e}  "
                 f"{1000 * seconds:7.2f} ms  {rate:>9,.0f} tok/s")
-        if self.config.max_iters is not None:
-            left = (self.config.max_iters - self.steps_done) * seconds
-            # Beyond 100,000 minutes nobody waits for the end.
-            if left < 6e6:
-                minutes, rest = divmod(round(left), 60)
-                line += f"  {minutes}:{rest:02} left"
+        left = (self.max_steps() - self.steps_done) * seconds
+        # Beyond 100,000 minutes nobody waits for the end.
+        if left < 6e6:
+            minutes, rest = divmod(round(left), 60)
+            line += f"  {minutes}:{rest:02} left"
         logger.info(line)
         self.write_metrics(split="train", loss=loss, lr=lr, grad_norm=self.grad_norm,
                            tokens_per_second=round(rate), seconds=round(self.elapsed, 3))
@@ -261,7 +260,7 @@ class Run(Trainer):
         optimizer = self.make_optimizer()
         checkpoint.check_fits(saved, self.model, optimizer, path)
         done = saved["iter_num"]
-        if config.resume is True and config.max_iters is not None and done >= config.max_iters:
+        if config.resume is True and done >= self.max_steps():
             raise ValueError(f"{path} has {done} steps already and max_iters={config.max_iters}; "
                              "raise it")
 

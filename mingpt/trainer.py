@@ -91,7 +91,7 @@ class Trainer:
             raise ValueError(f"got min_lr={config.min_lr}, expected at most "
                              f"learning_rate={config.learning_rate}")
         end = self.decay_end()
-        if config.schedule != "constant" and (end is None or end < config.warmup_iters):
+        if config.schedule != "constant" and not config.warmup_iters <= end < math.inf:
             raise ValueError(f"got schedule={config.schedule!r} that ends at step {end}, expected "
                              "a max_iters or lr_decay_iters from warmup_iters on")
         self.device = processes.choose_device(config.device)
@@ -150,7 +150,7 @@ class Trainer:
                     self.step(network, next(batches))
                     self.trigger_callbacks("on_batch_end")
                     # A callback may end the run by a high iter_num.
-                    if self.is_end(self.iter_num):
+                    if self.iter_num >= self.max_steps():
                         self.stop()
                     self.iter_num = self.steps_done
                     self.iter_time = time.perf_counter()
@@ -232,11 +232,11 @@ class Trainer:
 
     def is_done(self) -> bool:
         """Tells whether the run has come to its end."""
-        return self.is_stopping or self.is_end(self.steps_done)
+        return self.is_stopping or self.steps_done >= self.max_steps()
 
-    def is_end(self, step: int) -> bool:
-        """Tells whether this many steps are all that max_iters allows."""
-        return self.config.max_iters is not None and step >= self.config.max_iters
+    def max_steps(self) -> float:
+        """Returns how many steps max_iters allows: without a limit if it is None."""
+        return math.inf if self.config.max_iters is None else self.config.max_iters
 
     def stop(self) -> None:
         """Ends the run after this step, as if it were the last one."""
@@ -302,11 +302,10 @@ class Trainer:
                 break
         return y.numel()
 
-    def decay_end(self) -> Any:
+    def decay_end(self) -> float:
         """Returns the step at which the learning rate reaches min_lr."""
-        if self.config.lr_decay_iters is None:
-            return self.config.max_iters
-        return self.config.lr_decay_iters
+        end = self.config.lr_decay_iters
+        return self.max_steps() if end is None else end
 
     def schedule(self, step: int) -> float:
         """Returns the factor on the learning rates at a step: warm-up, then the decay.
