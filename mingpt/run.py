@@ -111,9 +111,9 @@ class Run(Trainer):
         self.is_stopping = processes.any_process(self.is_stopping)
         return super().draw_batches()
 
-    def step(self, network: Callable, batches: list) -> None:
-        super().step(network, batches)
-        self._targets = sum(y.numel() for x, y in batches) * self.world_size
+    def step(self, network: Callable, micro_batches: list) -> None:
+        super().step(network, micro_batches)
+        self._targets = sum(y.numel() for x, y in micro_batches) * self.world_size
         # A GPU computes on while Python goes ahead, so wait before the time is read.
         if self._is_due("log"):
             torch.get_device_module(self.device_type).synchronize()

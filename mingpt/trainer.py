@@ -242,17 +242,17 @@ class Trainer:
         """Ends the run after this step, as if it were the last one."""
         self.is_stopping = True
 
-    def step(self, network: Callable, batches: list) -> None:
+    def step(self, network: Callable, micro_batches: list) -> None:
         """Learns from a batch: moves the weights against the gradient of its mean loss."""
         self.set_rates()
         self.model.zero_grad(set_to_none=True)
         self.loss = torch.zeros((), device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
         # A micro-batch counts by its share of all targets.
-        counts = [self.count_targets(y) for _, y in batches]
+        counts = [self.count_targets(y) for _, y in micro_batches]
         total = processes.sum_over_processes(sum(counts))
         if total > 0:
-            self.backward(network, batches, [count / total for count in counts])
+            self.backward(network, micro_batches, [count / total for count in counts])
             # The scaler matters in float16 alone.
             self.scaler.unscale_(self.optimizer)
             clip = self.config.grad_norm_clip
@@ -262,7 +262,7 @@ class Trainer:
             self.scaler.update()
         self.steps_done += 1
 
-    def backward(self, network: Any, batches: list, shares: list[float]) -> None:
+    def backward(self, network: Any, micro_batches: list, shares: list[float]) -> None:
         """Adds up the gradients of the micro-batches, each by its share of all targets."""
         # A micro-batch without a target is left out. But each process takes part in
         # the exchange of gradients, which comes with its last backward pass.
@@ -271,7 +271,7 @@ class Trainer:
             learned = [0]
         for i in learned:
             network.require_backward_grad_sync = i == learned[-1]
-            loss = self.compute(network, *batches[i])[1]
+            loss = self.compute(network, *micro_batches[i])[1]
             # Processes average their gradients; times world_size makes it a sum.
             loss = loss * (self.world_size * shares[i])
             self.scaler.scale(loss).backward()
