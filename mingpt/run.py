@@ -199,7 +199,7 @@ class Run(Trainer):
         rate = self._targets / seconds
         line = (f"step {self.steps_done:>6}  loss {loss:.4f}  lr {lr:.1e}  "
                 f"{1000 * seconds:7.2f} ms  {rate:>9,.0f} tok/s")
-        left = (self.max_steps() - self.steps_done) * seconds
+        left = (self.step_limit() - self.steps_done) * seconds
         # Beyond 100,000 minutes nobody waits for the end.
         if left < 6e6:
             minutes, rest = divmod(round(left), 60)
@@ -260,7 +260,7 @@ class Run(Trainer):
         optimizer = self.make_optimizer()
         checkpoint.check_fits(saved, self.model, optimizer, path)
         done = saved["iter_num"]
-        if config.resume is True and done >= self.max_steps():
+        if config.resume is True and done >= self.step_limit():
             raise ValueError(f"{path} has {done} steps already and max_iters={config.max_iters}; "
                              "raise it")
 

@@ -150,7 +150,7 @@ class Trainer:
                     self.step(network, next(batches))
                     self.trigger_callbacks("on_batch_end")
                     # A callback may end the run by a high iter_num.
-                    if self.iter_num >= self.max_steps():
+                    if self.iter_num >= self.step_limit():
                         self.stop()
                     self.iter_num = self.steps_done
                     self.iter_time = time.perf_counter()
@@ -232,9 +232,9 @@ class Trainer:
 
     def is_done(self) -> bool:
         """Tells whether the run has come to its end."""
-        return self.is_stopping or self.steps_done >= self.max_steps()
+        return self.is_stopping or self.steps_done >= self.step_limit()
 
-    def max_steps(self) -> float:
+    def step_limit(self) -> float:
         """Returns how many steps max_iters allows: without a limit if it is None."""
         return math.inf if self.config.max_iters is None else self.config.max_iters
 
@@ -305,7 +305,7 @@ class Trainer:
     def decay_end(self) -> float:
         """Returns the step at which the learning rate reaches min_lr."""
         end = self.config.lr_decay_iters
-        return self.max_steps() if end is None else end
+        return self.step_limit() if end is None else end
 
     def schedule(self, step: int) -> float:
         """Returns the factor on the learning rates at a step: warm-up, then the decay.

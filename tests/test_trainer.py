@@ -138,6 +138,7 @@ class Loop(unittest.TestCase):
             dict(momentum=1.0), dict(device="cuda:99"), dict(device="meta"),
             dict(batch_size=6, grad_accum_steps=4), dict(min_lr=1.0, learning_rate=0.1),
             dict(schedule="cosine", max_iters=None), dict(schedule="linear", warmup_iters=5),
+            dict(schedule="linear", max_iters=math.inf),
             dict(optimizer="sgd"), dict(optimizer="muon", model=Regression()),
         ):
             name = next(iter(settings))
