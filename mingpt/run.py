@@ -29,14 +29,6 @@ from mingpt.data import count_examples, load_batches
 from mingpt.trainer import Trainer, is_scheduled
 from mingpt.utils import CN, check_config, eval_mode, logger, naming_file, progress
 
-RULES = (  # names of settings, test of a value, what is expected
-    ("log_interval eval_interval checkpoint_interval", lambda v: v >= 0 and v == int(v),
-     "a whole number; 0 turns it off"),
-    ("eval_batches", lambda v: v is None or isinstance(v, int) and v >= 1,
-     "a whole number from 1 on, or None for all"),
-    ("resume", lambda v: isinstance(v, bool) or v in (None, "auto"), "True, False or auto"),
-)
-
 
 class Run(Trainer):
     """Trains a module on a dataset, and looks after the run."""
@@ -287,3 +279,12 @@ class Run(Trainer):
         logger.info(f"loaded {path}, saved after step {done}")
         for change in checkpoint.changed_settings(saved["config"], config):
             logger.info(change)
+
+
+RULES = (  # names of settings, test of a value, what is expected
+    ("log_interval eval_interval checkpoint_interval", lambda v: v >= 0 and v == int(v),
+     "a whole number; 0 turns it off"),
+    ("eval_batches", lambda v: v is None or isinstance(v, int) and v >= 1,
+     "a whole number from 1 on, or None for all"),
+    ("resume", lambda v: isinstance(v, bool) or v in (None, "auto"), "True, False or auto"),
+)

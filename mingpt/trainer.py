@@ -26,24 +26,6 @@ from mingpt import processes
 from mingpt.data import count_examples, draw_examples, load_batches
 from mingpt.utils import CN, check_config, fill_in, logger
 
-RULES = (  # names of settings, test of a value, what is expected
-    ("batch_size grad_accum_steps", lambda v: isinstance(v, int) and v >= 1, "a whole number > 0"),
-    ("max_iters lr_decay_iters", lambda v: v is None or v >= 0, "a number from 0 on, or None"),
-    ("num_workers", lambda v: isinstance(v, int) and 0 <= v <= 256, "a whole number up to 256"),
-    ("seed", lambda v: v is None or v == int(v) >= 0, "a whole number from 0 on, or None"),
-    ("learning_rate min_lr weight_decay warmup_iters", lambda v: 0 <= v < math.inf,
-     "a finite number from 0 on"),
-    ("grad_norm_clip", lambda v: v >= 0, "a number from 0 on"),
-    ("betas", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v), "two numbers below 1"),
-    ("momentum", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
-    ("dtype", lambda v: v in ("auto", "float32", "bfloat16", "float16"),
-     "auto, float32, bfloat16 or float16"),
-    ("schedule", lambda v: v in ("constant", "cosine", "linear"), "constant, cosine or linear"),
-)
-# Settings of Run, which a Trainer leaves alone.
-RUN_FIELDS = ("work_dir", "log_interval", "eval_interval", "eval_batches",
-              "checkpoint_interval", "keep_best", "resume")
-
 
 class Trainer:
     """Trains a module on a dataset."""
@@ -361,3 +343,22 @@ def carry_over(before: Any, optimizer: Any, keeps_rates: bool) -> None:
     # A scheduler of torch may hold the earlier one, so both have one list of groups.
     before.param_groups[:] = optimizer.param_groups
     optimizer.param_groups = before.param_groups
+
+
+RULES = (  # names of settings, test of a value, what is expected
+    ("batch_size grad_accum_steps", lambda v: isinstance(v, int) and v >= 1, "a whole number > 0"),
+    ("max_iters lr_decay_iters", lambda v: v is None or v >= 0, "a number from 0 on, or None"),
+    ("num_workers", lambda v: isinstance(v, int) and 0 <= v <= 256, "a whole number up to 256"),
+    ("seed", lambda v: v is None or v == int(v) >= 0, "a whole number from 0 on, or None"),
+    ("learning_rate min_lr weight_decay warmup_iters", lambda v: 0 <= v < math.inf,
+     "a finite number from 0 on"),
+    ("grad_norm_clip", lambda v: v >= 0, "a number from 0 on"),
+    ("betas", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v), "two numbers below 1"),
+    ("momentum", lambda v: 0 <= v < 1, "a number from 0 to below 1"),
+    ("dtype", lambda v: v in ("auto", "float32", "bfloat16", "float16"),
+     "auto, float32, bfloat16 or float16"),
+    ("schedule", lambda v: v in ("constant", "cosine", "linear"), "constant, cosine or linear"),
+)
+# Settings of Run, which a Trainer leaves alone.
+RUN_FIELDS = ("work_dir", "log_interval", "eval_interval", "eval_batches",
+              "checkpoint_interval", "keep_best", "resume")
