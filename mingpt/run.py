@@ -78,9 +78,9 @@ class Run(Trainer):
             if processes.any_process(self.signals.received is not None):
                 self._leave()
 
-    def begin(self) -> Callable:
+    def begin(self) -> None:
         is_new = not self.goes_on
-        network = super().begin()
+        super().begin()
         if is_new:
             self.best_loss = math.inf
             self.elapsed = 0.0
@@ -93,7 +93,6 @@ class Run(Trainer):
                 checkpoint.set_aside(self.work_dir)
             else:
                 checkpoint.keep_rows(self.work_dir / "metrics.jsonl", self.steps_done)
-        return network
 
     def draw_batches(self) -> Generator[list, None, None]:
         # Callbacks at the start may have drawn random numbers.

@@ -123,7 +123,8 @@ class Trainer:
 
         Raises ValueError for a dataset without examples.
         """
-        network = self.begin()
+        self.begin()
+        network = self.make_network()
         self.trigger_callbacks("on_train_start")
         try:
             with contextlib.closing(self.draw_batches()) as batches:
@@ -146,8 +147,8 @@ class Trainer:
         self.runs_done += 1
         self.trigger_callbacks("on_train_end")
 
-    def begin(self) -> Callable:
-        """Makes the optimizer; returns the network to train, the model as it is or wrapped."""
+    def begin(self) -> None:
+        """Makes the optimizer, and goes on with an earlier run or chooses a seed for a new one."""
         count_examples(self.train_dataset)
         before = self.optimizer
         self.optimizer = self.make_optimizer()
@@ -167,8 +168,10 @@ class Trainer:
         self.iter_num = self.steps_done
         self.goes_on = False
         self.is_stopping = False
-
         self.model.train()
+
+    def make_network(self) -> Callable:
+        """Returns the model to call in a step, wrapped for several processes or compiled."""
         network: Any = self.model
         if self.world_size > 1:
             network = nn.parallel.DistributedDataParallel(network)
