@@ -34,17 +34,27 @@ def read_text(path: str | Path) -> str:
 
 
 def _read_parts(path: str | Path) -> Iterator[str]:
+    """Yields a text file in parts, cut before white space, which never continues a word."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"there is no text file {path}")
+    last_cut = regex.compile(r"(?r)\S(?=\s)")
+    rest = ""
     with open(path, encoding="utf-8-sig") as file:
         try:
-            yield from iter(lambda: file.read(PART_CHARACTERS), "")
+            for part in iter(lambda: file.read(PART_CHARACTERS), ""):
+                rest += part
+                # Earlier parts were searched already.
+                cut = last_cut.search(rest, max(0, len(rest) - len(part) - 1))
+                if cut is not None:
+                    yield rest[:cut.end()]
+                    rest = rest[cut.end():]
         except UnicodeDecodeError as error:
             # The bytes of error.object end where the file is read to.
             place = file.buffer.tell() - len(error.object) + error.start  # type: ignore
             raise ValueError(f"{path} is not UTF-8 text: byte {error.object[error.start]:#04x} "
                              f"at position {place}; save it as UTF-8 first") from None
+    yield rest
 
 
 def encode_file(encoder, path: str | Path, out: str | Path,
@@ -66,20 +76,11 @@ def encode_file(encoder, path: str | Path, out: str | Path,
     if regex.search(r"\s", "".join(allowed_special)):
         raise ValueError(f"got {allowed_special}, expected special tokens without white space")
 
-    # White space never continues a word, so the text is cut before the last of it.
-    last_cut = regex.compile(r"(?r)\S(?=\s)")
     count = path.stat().st_size // PART_CHARACTERS + 1
-    rest = ""
     with replacing(out) as new, open(new, "wb") as file:
         for part in progress(_read_parts(path), f"encoding {path}", count):
-            rest += part
-            # Earlier parts were searched already.
-            cut = last_cut.search(rest, max(0, len(rest) - len(part) - 1))
-            if cut is not None:
-                tokens = encoder.encode(rest[:cut.end()], allowed_special)
-                np.array(tokens, dtype=np.uint16).tofile(file)
-                rest = rest[cut.end():]
-        np.array(encoder.encode(rest, allowed_special), dtype=np.uint16).tofile(file)
+            tokens = encoder.encode(part, allowed_special)
+            np.array(tokens, dtype=np.uint16).tofile(file)
     return out.stat().st_size // 2
 
 
