@@ -119,10 +119,7 @@ class Trainer:
             callback(self)
 
     def run(self) -> None:
-        """Trains for max_iters steps. A run that Ctrl-C interrupted goes on where it was.
-
-        Raises ValueError for a dataset without examples.
-        """
+        """Trains for max_iters steps. A run that Ctrl-C interrupted goes on where it was."""
         self.begin()
         network = self.make_network()
         self.trigger_callbacks("on_train_start")
@@ -293,10 +290,7 @@ class Trainer:
         return self.step_limit() if end is None else end
 
     def schedule(self, step: int) -> float:
-        """Returns the factor on the learning rates at a step: warm-up, then the decay.
-
-        GPT-3 has this form (Brown et al. 2020, appendix B).
-        """
+        """Returns the factor on the rates at a step, as for GPT-3 (Brown et al. 2020, app. B)."""
         config = self.config
         warmup = config.warmup_iters
         if step < warmup:
