@@ -159,10 +159,9 @@ class Run(Trainer):
         All processes call it and share the work. Raises ValueError for an empty dataset.
         """
         size = count_examples(dataset)
-        count = size
-        if max_batches is not None:
-            count = min(size, max_batches * self.config.batch_size)
-        chosen = np.linspace(0, size - 1, count).astype(int)  # all, if count is size
+        limit = size if max_batches is None else max_batches * self.config.batch_size
+        # Within the limit these are all examples.
+        chosen = np.linspace(0, size - 1, min(size, limit)).astype(int)
         mine = chosen[self.rank::self.world_size].tolist()
         micro_size = self.config.batch_size // (self.world_size * self.config.grad_accum_steps)
         batches = [mine[i:i + micro_size] for i in range(0, len(mine), micro_size)]
