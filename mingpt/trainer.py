@@ -122,8 +122,8 @@ class Trainer:
         """Trains for max_iters steps. A run that Ctrl-C interrupted goes on where it was."""
         self.begin()
         network = self.make_network()
-        self.trigger_callbacks("on_train_start")
         try:
+            self.trigger_callbacks("on_train_start")
             with contextlib.closing(self.draw_batches()) as batches:
                 while not self.is_done():
                     start = time.perf_counter()

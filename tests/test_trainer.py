@@ -299,6 +299,14 @@ class Interruptions(unittest.TestCase):
             trainer.run()
             self.assertEqual(steps, expected)
 
+    def test_in_a_callback_at_the_start(self):
+        trainer = self.left_by(KeyboardInterrupt)
+        trainer.set_callback("on_train_start", mock.Mock(side_effect=[KeyboardInterrupt, None]))
+        self.assertRaises(KeyboardInterrupt, trainer.run)
+        steps = record(trainer, lambda trainer: trainer.iter_num)
+        trainer.run()
+        self.assertEqual(steps, [2, 3])
+
     def test_where_float16_scales_the_gradients_back(self):
         trainer = make_trainer(max_iters=2, dtype="float16")
         with mock.patch("torch.nn.utils.clip_grad_norm_", side_effect=KeyboardInterrupt):
