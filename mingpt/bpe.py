@@ -22,7 +22,6 @@ import codecs
 import hashlib
 import heapq
 import json
-import math
 import os
 import re
 import sys
@@ -30,12 +29,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import regex
-
-if TYPE_CHECKING:
-    import torch
 
 # The end of a contraction; or letters, digits or other signs, each with the space
 # before them; or white space, whose last character is left to the next word.
@@ -116,10 +112,12 @@ class Encoder:
         special = sorted(set(allowed_special), key=len, reverse=True)
         if not self.special_tokens.keys() >= set(special):
             raise ValueError(f"got {special}, expected special tokens: {list(self.special_tokens)}")
-        # The group keeps the places of the cuts: text, special token, text, ..., text.
-        cuts = f"({'|'.join(map(re.escape, special))})"
+        parts = [text]
+        if special:
+            # The group keeps the cuts themselves: text, special token, text, ..., text.
+            parts = re.split(f"({'|'.join(map(re.escape, special))})", text)
         tokens: list[int] = []
-        for part in re.split(cuts, text) if special else [text]:
+        for part in parts:
             if part in special:
                 tokens.append(self.special_tokens[part])
             else:
@@ -151,13 +149,14 @@ class Encoder:
         """Merges the symbols of a spelled word, the plain way: "lowlevel" -> "low level"."""
         symbols = list(token)
         while True:
-            ranks = [self.bpe_ranks.get(pair, math.inf) for pair in zip(symbols, symbols[1:])]
-            lowest = min(ranks, default=math.inf)
-            if lowest == math.inf:
+            pairs = list(zip(symbols, symbols[1:]))
+            known = [pair for pair in pairs if pair in self.bpe_ranks]
+            if not known:
                 return " ".join(symbols)
-            i = ranks.index(lowest)
-            symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
-            on_merge(lowest, symbols)
+            first = min(known, key=self.bpe_ranks.__getitem__)
+            i = pairs.index(first)
+            symbols[i : i + 2] = ["".join(first)]
+            on_merge(self.bpe_ranks[first], symbols)
 
     def _merge(self, token: str) -> list[str]:
         """Merges as bpe does, but in n log n steps for n symbols.
@@ -194,15 +193,14 @@ class Encoder:
 
     def encode_and_show_work(self, text: str) -> dict[str, Any]:
         """Encodes, and keeps the words in "tokens", their steps in "parts", all in "bpe_idx"."""
-        parts = []
         words = WORD.findall(text)
+        parts = []
         for word in words:
-            spelled = self._spell(word)
             tokens = self._encode_word(word)
             parts.append({
                 "token": word,
-                "token_bytes": bytes([self.byte_decoder[c] for c in spelled]),
-                "token_translated": spelled,
+                "token_bytes": self._bytes_of(tokens),
+                "token_translated": self._spell(word),
                 "token_merged": [self.decoder[token] for token in tokens],
                 "token_ix": list(tokens),
             })
@@ -217,8 +215,7 @@ class Encoder:
         """Yields the text of tokens as they come, as GPT.stream has them: whole characters only."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in tokens:
-            number = token.item() if hasattr(token, "item") else token
-            yield decoder.decode(self._bytes_of([number]))
+            yield decoder.decode(self._bytes_of([int(token)]))
         yield decoder.decode(b"", final=True)
 
     def _bytes_of(self, numbers: Iterable[int]) -> bytes:
@@ -237,8 +234,10 @@ class TokenCache(dict):
 
     def __missing__(self, piece: str) -> tuple[int, ...]:
         words = WORD.findall(piece)
-        single = len(words) == 1
-        tokens = self.encode_word(piece) if single else tuple(chain(*map(self.__getitem__, words)))
+        if words == [piece]:
+            tokens = self.encode_word(piece)
+        else:
+            tokens = tuple(chain.from_iterable(map(self.__getitem__, words)))
         if len(self) >= CACHED_PIECES:
             # The frequent pieces are soon back.
             self.clear()
@@ -295,14 +294,14 @@ class BPETokenizer:
     def __init__(self):
         self.encoder = get_encoder()
 
-    def __call__(self, text: str, return_tensors: str = "pt") -> "torch.Tensor":
+    def __call__(self, text: str, return_tensors: str = "pt") -> Any:
         import torch
 
         if return_tensors != "pt" or not isinstance(text, str):
             raise ValueError(f"got {text!r} and {return_tensors!r}, expected a string and 'pt'")
         return torch.tensor([self.encoder.encode(text)], dtype=torch.long)  # (1, T)
 
-    def decode(self, idx: "torch.Tensor") -> str:
+    def decode(self, idx: Iterable) -> str:
         return self.encoder.decode(idx)
 
 
