@@ -91,8 +91,7 @@ class CfgNode(SimpleNamespace):
             for name, value in fields.items():
                 option = f"  --{name}={'' if value is None else value}"
                 line = f"{option:30}  {comments.get(name, '')}"
-                print_line(textwrap.fill(line, 80, subsequent_indent=" " * 32,
-                                         break_long_words=False, break_on_hyphens=False))
+                print_line(textwrap.fill(line, 80, subsequent_indent=" " * 32))
             raise SystemExit(0)
 
         changes = {}
@@ -101,8 +100,8 @@ class CfgNode(SimpleNamespace):
             option, equals, text = word.partition("=")
             name = option.removeprefix("--")
             if not option.startswith("--") or name not in fields:
-                hint = _suggest(name, fields, "--")
-                raise ValueError(f"there is no setting {option}{hint} (--help lists them all)")
+                raise ValueError(f"there is no setting {option}{_suggest(name, fields)} "
+                                 "(--help lists them all)")
             # The next word is the value, unless it is an option.
             value = text if equals else next(words, "--")
             if not equals and value.startswith("--"):
@@ -165,20 +164,17 @@ def _read_comments(build: Callable) -> dict[str, str]:
 
 
 # Names from other libraries, and the names of the same settings here.
-OTHER_NAMES = {
-    "lr": "learning_rate",
-    "dropout": "embd_pdrop resid_pdrop attn_pdrop",
-}
+OTHER_NAMES = {"lr": "learning_rate", "dropout": "embd_pdrop resid_pdrop attn_pdrop"}
 
 
-def _suggest(name: str, known: Iterable[str], dashes: str = "") -> str:
+def _suggest(name: str, known: Iterable[str]) -> str:
     """Returns a hint: ("lr", ["learning_rate"]) -> "; did you mean learning_rate?"."""
     last = name.rpartition(".")[2]
     meant = OTHER_NAMES.get(last, last).split()
     near = [field for field in known if field.rpartition(".")[2] in meant]
     if not near:
         near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {', '.join(dashes + field for field in near)}?" if near else ""
+    return f"; did you mean {', '.join(near)}?" if near else ""
 
 
 def fill_in(config, defaults: dict, known: Iterable[str], owner: str) -> None:
