@@ -87,11 +87,11 @@ class CfgNode(SimpleNamespace):
         if "--help" in args or "-h" in args:
             get_config = sys._getframe(1).f_globals.get("get_config")
             comments = _read_comments(get_config) if get_config else {}
-            print_line("Settings, each with its default:\n")
+            print("Settings, each with its default:\n")
             for name, value in fields.items():
                 option = f"  --{name}={'' if value is None else value}"
                 line = f"{option:30}  {comments.get(name, '')}"
-                print_line(textwrap.fill(line, 80, subsequent_indent=" " * 32))
+                print(textwrap.fill(line, 80, subsequent_indent=" " * 32))
             raise SystemExit(0)
 
         changes = {}
@@ -136,8 +136,8 @@ def _parse(name: str, text: str, default):
         value = int(value)
     if type(value) is int and isinstance(default, float):
         value = float(text)
-    if isinstance(value, (list, tuple)) and isinstance(default, (list, tuple)):
-        value = type(default)(value)
+    if isinstance(value, list) and isinstance(default, tuple):
+        value = tuple(value)
     if default is not None and type(value) is not type(default):
         expected = f"a value of type {type(default).__name__} like {default!r}"
         raise ValueError(f"--{name} takes {expected}, got {text!r}")
@@ -149,18 +149,15 @@ def _read_comments(build: Callable) -> dict[str, str]:
 
     `C.a.b = 1  # why` -> {"a.b": "why"}; `C.a = X.get_default_config()` adds X's to "a.".
     """
+    source = inspect.getsource(build)
     comments = {}
-    for line in inspect.getsource(build).splitlines():
-        code, _, comment = line.partition("  # ")
-        field = re.search(r"\w+\.([\w.]+) = ", code)
-        part = re.search(r"(\w+)\.get_default_config\(\)", code)
-        if part and part[1] in build.__globals__:
-            inner = _read_comments(build.__globals__[part[1]].get_default_config)
-            prefix = f"{field[1]}." if field else ""
-            comments.update({prefix + name: text for name, text in inner.items()})
-        elif field and comment:
-            comments[field[1]] = comment
-    return comments
+    for field, owner in re.findall(r"\w+\.?([\w.]*) = (\w+)\.get_default_config\(\)", source):
+        if owner in build.__globals__:
+            inner = _read_comments(build.__globals__[owner].get_default_config)
+            prefix = f"{field}." if field else ""
+            comments |= {prefix + name: comment for name, comment in inner.items()}
+    # What this function itself says of a field counts more.
+    return comments | dict(re.findall(r"\w+\.([\w.]+) = .*?  # (.*)", source))
 
 
 # Names from other libraries, and the names of the same settings here.
@@ -219,7 +216,7 @@ def check_config(config, rules: Iterable[tuple[str, Callable, str]]) -> None:
                 raise ValueError(f"got {name}={value!r}, expected {expected}")
 
 
-# ---- Seeds -------------------------------------------------------------------
+# ---- Seeds and modes ---------------------------------------------------------
 
 
 def set_seed(seed: int) -> None:
@@ -229,20 +226,27 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-# ---- Log ---------------------------------------------------------------------
+_locks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def print_line(text: str) -> None:
-    """Prints a text; where nobody reads any more, as after `| head`, stdout leads nowhere.
+@contextlib.contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Puts a model into eval mode for a block, then each module back into its mode.
 
-    So training goes on, and Python does not complain at its exit.
+    Threads take turns: one that leaves first would turn dropout on for the others.
     """
-    try:
-        print(text, flush=True)
-    except UnicodeEncodeError:
-        print(ascii(text))
-    except (OSError, ValueError):
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    with _locks.setdefault(model, threading.RLock()):
+        training = [module for module in model.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+# ---- Log ---------------------------------------------------------------------
 
 
 class _Console(logging.Handler):
@@ -250,8 +254,16 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         # The processes of mp.spawn get their rank after the import.
-        if rank() == 0:
-            print_line(self.format(record))
+        if rank() != 0:
+            return
+        text = self.format(record)
+        try:
+            print(text, flush=True)
+        except UnicodeEncodeError:
+            print(ascii(text))
+        except (OSError, ValueError):
+            # Nobody reads any more, as after `| head`, but training goes on.
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 class _LogFile(logging.FileHandler):
@@ -303,28 +315,6 @@ def progress(items: Iterable, label: str, total: int) -> Iterable:
     # None hides it where stderr is no terminal.
     disable = None if rank() == 0 and sys.stderr else True
     return tqdm(items, label, total, delay=2, leave=False, disable=disable)
-
-
-# ---- Modes -------------------------------------------------------------------
-
-_locks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-@contextlib.contextmanager
-def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Puts a model into eval mode for a block, then each module back into its mode.
-
-    Threads take turns: one that leaves first would turn dropout on for the others.
-    """
-    with _locks.setdefault(model, threading.RLock()):
-        training = [module for module in model.modules() if module.training]
-        try:
-            for module in training:
-                module.training = False
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
 
 # ---- Atomic files: complete or absent ----------------------------------------
