@@ -11,7 +11,6 @@ that names the file of each tensor; and the vocabulary, in tokenizer.json, or in
 vocab.json and merges.txt.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -255,12 +254,10 @@ def load_encoder(name: str | Path, vocab_size: int | None = None) -> Encoder:
             vocabulary, merges, added = _read_vocabulary(folder)
         else:
             raise ValueError("put its tokenizer.json there, or its vocab.json and merges.txt")
-        if "" in vocabulary | added:
-            raise ValueError("it has a token without text")
         for token, number in (vocabulary | added).items():
-            if type(number) is not int or not 0 <= number < rows:
-                raise ValueError(f"{token!r} has the number {number!r}, but the model has "
-                                 f"{rows} rows")
+            if token == "" or type(number) is not int or not 0 <= number < rows:
+                raise ValueError(f"got the token {token!r} with the number {number!r}, expected "
+                                 f"a text and one of the {rows} rows of the model")
         return Encoder(vocabulary, [(left, right) for left, right in merges], added)
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder} holds no vocabulary of this model: {error}") from None
@@ -289,28 +286,24 @@ def _read_vocabulary(folder: Path) -> tuple[dict, list, dict]:
 
 
 def save_encoder(encoder: Encoder, folder: str | Path) -> None:
-    """Writes vocab.json and merges.txt over an earlier vocabulary; added_tokens.json if needed.
+    """Writes vocab.json, merges.txt and added_tokens.json over an earlier vocabulary.
 
     load_encoder and transformers' GPT2Tokenizer read them.
     """
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [" ".join(pair) for pair in encoder.bpe_ranks]
-    texts = {
-        "vocab.json": json.dumps(encoder.encoder),
-        "merges.txt": "\n".join(["#version: 0.2", *pairs]) + "\n",
-    }
-    added = dict(encoder.special_tokens)
-    if "<|endoftext|>" in encoder.encoder:
-        # Everybody knows this one.
-        del added["<|endoftext|>"]
-    if added:
-        texts["added_tokens.json"] = json.dumps(added)
-    for name, text in texts.items():
+    # <|endoftext|> is in the vocabulary, as a rule.
+    added = {token: number for token, number in encoder.special_tokens.items()
+             if encoder.encoder.get(token) != number}
+    for name, text in (
+        ("vocab.json", json.dumps(encoder.encoder)),
+        ("merges.txt", "\n".join(["#version: 0.2", *pairs]) + "\n"),
+        ("added_tokens.json", json.dumps(added)),
+    ):
         with replacing(folder / name) as part:
             part.write_text(text, encoding="utf-8")
-    for name in {"tokenizer.json", "added_tokens.json"} - texts.keys():
-        (folder / name).unlink(missing_ok=True)
+    (folder / "tokenizer.json").unlink(missing_ok=True)
 
 
 # ---- Folders and files -------------------------------------------------------
@@ -346,9 +339,10 @@ def _find_folder(name: str | Path) -> Path:
 
 def _read_json(path: Path) -> dict:
     """Reads a file that holds a JSON object; ValueError if it does not."""
-    content = None
-    with contextlib.suppress(ValueError, RecursionError):
+    try:
         content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        content = None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")
     return content

@@ -434,13 +434,13 @@ class Vocabularies(Seeded):
             ("model", {"byte_fallback": True}, "byte_fallback = True"),
             ("model", {"ignore_merges": True}, "ignore_merges = True"),
             ("model", {"end_of_word_suffix": "</w>"}, "end_of_word_suffix = '</w>'"),
-            ("model", {"vocab": {"a": 3}}, "'a' has the number 3, but the model has 3 rows"),
+            ("model", {"vocab": {"a": 3}}, "'a' with the number 3, expected .* the 3 rows"),
             ("model", {"vocab": {"a": "x"}}, "the number 'x'"),
             ("model", {"vocab": ["a"]}, "no vocabulary"), ("model", [1], "no vocabulary"),
             ("model", {"merges": [["a", "b", "c"]]}, "no vocabulary"),
-            ("added_tokens", [{"id": 3, "content": "<x>"}], "'<x>' has the number 3"),
+            ("added_tokens", [{"id": 3, "content": "<x>"}], "'<x>' with the number 3"),
             ("added_tokens", [{"id": 1}], "no vocabulary"),
-            ("added_tokens", [{"id": 1, "content": ""}], "a token without text"),
+            ("added_tokens", [{"id": 1, "content": ""}], "the token '' with the number 1"),
         ):
             changed = (good[part] or {}) | changes if isinstance(changes, dict) else changes
             write_json(path, good | {part: changed})
@@ -450,7 +450,7 @@ class Vocabularies(Seeded):
 
     def test_broken_vocabulary_files_are_refused_in_one_line(self):
         save_encoder(byte_encoder(), self.folder)
-        self.refused("'<|endoftext|>' has the number 258, but the model has 258 rows", 258)
+        self.refused("'<|endoftext|>' with the number 258, expected .* the 258 rows", 258)
         for content in ("", "#version: 0.2\na b c\n", "#version: 0.2\na"):
             (self.folder / "merges.txt").write_text(content)
             self.refused("holds no vocabulary of this model", 300)
@@ -490,7 +490,7 @@ class Hub(Seeded):
                 short = name.removeprefix("openai-community/")
                 loaded = GPT.from_pretrained(short)
                 self.assertEqual({file for file in self.fetched if fetched not in file},
-                                 {"config.json", "vocab.json", "merges.txt"})
+                                 {"config.json", "vocab.json", "merges.txt", "added_tokens.json"})
                 self.assertTrue(torch.equal(loaded.lm_head.weight, model.lm_head.weight))
                 self.assertEqual(load_encoder(short, 259).encode("lin"), [257])
 
