@@ -372,34 +372,28 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
         files = set(index.values())
 
     tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        tensors.update(_read_tensors(folder / file))
+    for path in (folder / file for file in files):
+        try:
+            if path.suffix == ".safetensors":
+                from safetensors.torch import load_file
+                tensors |= load_file(path)
+            else:
+                tensors |= torch.load(path, "cpu", weights_only=True)
+        except ImportError:
+            raise ImportError(f"to read {path}: {INSTALL}") from None
+        except Exception:
+            # Errors are of many kinds, and torch's advise to load the file without its guard.
+            raise ValueError(f"{path} cannot be read as weights: it is missing or damaged, or "
+                             "holds more than tensors and their names") from None
+    for key, tensor in tensors.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"the weights in {folder} hold {type(tensor).__name__} as {key!r}, "
+                             "expected tensors with names")
+
     # GPT2Model saves without the prefix, as OpenAI's weights are.
     if not any(key.startswith("transformer.") for key in tensors):
         tensors = {key if key == HEAD else f"transformer.{key}": tensor
                    for key, tensor in tensors.items()}
-    return tensors
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Reads one file of tensors."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            tensors = load_file(path)
-        else:
-            tensors = dict(torch.load(path, "cpu", weights_only=True))
-    except ImportError:
-        raise ImportError(f"to read {path}: {INSTALL}") from None
-    except Exception:
-        # Errors are of many kinds, and torch's advise to load the file without its guard.
-        raise ValueError(f"{path} cannot be read as weights: it is missing or damaged, or holds "
-                         "more than tensors and their names") from None
-
-    for key, tensor in tensors.items():
-        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path} holds {type(tensor).__name__} as {key!r}, "
-                             "expected tensors with names")
     return tensors
 
 
