@@ -102,18 +102,18 @@ class CfgNode(SimpleNamespace):
             if not option.startswith("--") or name not in fields:
                 raise ValueError(f"there is no setting {option}{_suggest(name, fields)} "
                                  "(--help lists them all)")
-            # The next word is the value, unless it is an option.
-            value = text if equals else next(words, "--")
-            if not equals and value.startswith("--"):
-                raise ValueError(f"got {option} without a value, expected {option}=value")
-            changes[name] = _parse(name, value, fields[name])
+            if not equals:
+                # The next word is the value, unless it is an option.
+                text = next(words, "--")
+                if text.startswith("--"):
+                    raise ValueError(f"got {option} without a value, expected {option}=value")
+            changes[name] = _parse(name, text, fields[name])
 
         for name, value in changes.items():
-            *groups, last = name.split(".")
-            node = self
-            for group in groups:
-                node = getattr(node, group)
-            setattr(node, last, value)
+            # "a.b" and 3 become {"a": {"b": 3}}.
+            for part in reversed(name.split(".")):
+                value = {part: value}
+            self.merge_from_dict(value)
 
 
 # minGPT's short name
