@@ -87,11 +87,12 @@ class CfgNode(SimpleNamespace):
         if "--help" in args or "-h" in args:
             get_config = sys._getframe(1).f_globals.get("get_config")
             comments = _read_comments(get_config) if get_config else {}
-            print("Settings, each with its default:\n")
+            lines = ["Settings, each with its default:", ""]
             for name, value in fields.items():
                 option = f"  --{name}={'' if value is None else value}"
                 line = f"{option:30}  {comments.get(name, '')}"
-                print(textwrap.fill(line, 80, subsequent_indent=" " * 32))
+                lines.append(textwrap.fill(line, 80, subsequent_indent=" " * 32))
+            print("\n".join(lines))
             raise SystemExit(0)
 
         changes = {}
@@ -150,7 +151,7 @@ def _read_comments(build: Callable) -> dict[str, str]:
     `C.a.b = 1  # why` -> {"a.b": "why"}; `C.a = X.get_default_config()` adds X's to "a.".
     """
     source = inspect.getsource(build)
-    comments = {}
+    comments: dict[str, str] = {}
     for field, owner in re.findall(r"\w+\.?([\w.]*) = (\w+)\.get_default_config\(\)", source):
         if owner in build.__globals__:
             inner = _read_comments(build.__globals__[owner].get_default_config)
