@@ -292,8 +292,9 @@ def setup_logging(config: CfgNode) -> None:
     work_dir.mkdir(parents=True, exist_ok=True)
 
     args_path = work_dir / "args.txt"
-    with naming_file(args_path), open(args_path, "a", encoding="utf-8") as file:
-        file.write(shlex.join(sys.argv) + "\n")
+    with naming_file(args_path), open(args_path, "ab") as file:
+        # The name of a file may be bytes that are no UTF-8.
+        file.write(os.fsencode(shlex.join(sys.argv) + "\n"))
     with replacing(work_dir / "config.json") as part:
         text = json.dumps(config.to_dict(), indent=4, default=str)
         part.write_text(text + "\n", encoding="utf-8")
@@ -303,7 +304,7 @@ def setup_logging(config: CfgNode) -> None:
         if isinstance(handler, _LogFile):
             logger.removeHandler(handler)
             handler.close()
-    logger.addHandler(_LogFile(work_dir / "log.txt", encoding="utf-8"))
+    logger.addHandler(_LogFile(work_dir / "log.txt", encoding="utf-8", errors="backslashreplace"))
 
 
 def progress(items: Iterable, label: str, total: int) -> Iterable:
@@ -318,7 +319,7 @@ def progress(items: Iterable, label: str, total: int) -> Iterable:
     return tqdm(items, label, total, delay=2, leave=False, disable=disable)
 
 
-# ---- Atomic files: complete or absent ----------------------------------------
+# ---- Files -------------------------------------------------------------------
 
 
 def cache_folder() -> Path:
@@ -341,8 +342,8 @@ def naming_file(path: str | Path) -> Iterator[None]:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a path beside `path` to write to; it replaces `path` if the block ends well.
 
-    Nobody ever sees half a file, not even after a crash. A file has one writer at a time,
-    so leftovers of a killed writer are removed.
+    So a file is complete or absent, even after a crash. It has one writer at a time:
+    leftovers of a killed writer are removed.
     """
     path = Path(path)
     for leftover in path.parent.glob(glob.escape(path.name) + ".[0-9]*.tmp"):

@@ -194,6 +194,15 @@ class Log(Folder):
         self.assertEqual(json.loads(self.read("config.json"))["seed"], 5)
         self.assertEqual(len(self.read("args.txt").splitlines()), 2)
 
+    @unittest.skipUnless(os.name == "posix", "other systems name files in Unicode")
+    def test_a_name_that_is_no_utf8_is_logged(self):
+        with mock.patch.object(sys, "argv", ["a.py", "caf\udce9"]):
+            setup_logging(self.config)
+            with contextlib.redirect_stdout(None):
+                logger.info(sys.argv[1])
+        self.assertIn(b"caf\xe9", (self.folder / "a" / "b" / "args.txt").read_bytes())
+        self.assertEqual(self.read("log.txt"), "caf\\udce9\n")
+
     def test_a_reader_that_goes_away_ends_nothing(self):
         reader, writer = os.pipe()
         os.close(reader)
