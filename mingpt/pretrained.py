@@ -69,6 +69,7 @@ TOKENIZER_CHOICES: dict[str, dict[str, tuple]] = {
 class SkipInit(TorchFunctionMode):
     """Draws no fresh weights: they would cost seconds, and random numbers of the caller's seed."""
 
+    # torch calls this in place of each of its functions.
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -153,7 +154,7 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
         "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
     }
     config |= {field: getattr(model.config, field) for field in SHARED_FIELDS}
-    # <|endoftext|> of GPT-2's own vocabulary, which transformers takes if nothing is said.
+    # Without these fields transformers takes 50256, <|endoftext|> of GPT-2's vocabulary.
     eot = 50256 if model.config.vocab_size == 50257 else None
     config |= {field: getattr(model.config, field, eot) for field in KEPT_FIELDS}
     state = model.state_dict()
@@ -174,7 +175,7 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
         settings.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if name == "model.safetensors":
             save_file(state, weights, metadata={"format": "pt"})
-            # It makes a file for its owner alone.
+            # save_file makes a file that only its owner can read.
             shutil.copymode(settings, weights)
         else:
             torch.save(state, weights)
@@ -188,7 +189,7 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
 
 def _check_parts(model: Any) -> None:
     """Raises ValueError, with its name, for a part of a model that GPT-2 does not have."""
-    # The model may be of a subclass; GPT is the first class that has this method.
+    # The model may be of a subclass; GPT is the last of its classes with this method.
     GPT = [cls for cls in type(model).__mro__ if hasattr(cls, "get_default_config")][-1]
     was_disabled = logger.disabled
     logger.disabled = True
@@ -216,7 +217,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
     parts: dict[str, Any] = {name: tensor.shape for name, tensor in model.state_dict().items()}
     # A module that stands in several places counts in each.
     for name, module in model.named_modules(remove_duplicate=False):
-        # They compute nothing when a model is used.
+        # These two compute nothing when a model is used.
         if isinstance(module, nn.Dropout) or type(module) is nn.Identity:
             continue
         # A whole model may compute a loss of its own.
@@ -367,8 +368,8 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".json":
         index = _read_json(path).get("weight_map")
         if not isinstance(index, dict) or any(Path(str(f)).name != f for f in index.values()):
-            raise ValueError(f"{path} has no weight_map, which names for each tensor a file in "
-                             "the same folder")
+            raise ValueError(f"{path} has no weight_map that gives each tensor a file in the "
+                             "same folder")
         files = set(index.values())
 
     tensors: dict[str, torch.Tensor] = {}
