@@ -174,8 +174,6 @@ def can_cache(model: Any) -> bool:
     blocks = getattr(model.transformer, "h", None)
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
         return False
-    if type(model).__call__ is not nn.Module.__call__:
-        return False
     for block in blocks:
         attention = getattr(block, "attn", block)
         # Attention by a mask of its own may look ahead.
@@ -188,7 +186,7 @@ def can_cache(model: Any) -> bool:
 
 def is_known(module: nn.Module) -> bool:
     """Tells whether a module is known to treat each token for itself, or takes a cache."""
-    if has_hooks(module):
+    if has_hooks(module) or type(module).__call__ is not nn.Module.__call__:
         return False
     if type(module) in TOKENWISE and "forward" not in vars(module):
         return True

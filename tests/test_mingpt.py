@@ -297,6 +297,17 @@ class Blocks(WithModel):
                 self.assertTrue(all(p.grad.any() for p in part.parameters()))
                 self.check_generation(model.eval())
 
+    def test_a_call_of_ones_own_counts(self):
+        for place in ("transformer.h.0", "transformer.h.0.attn", "transformer.h.0.mlp.act"):
+            class Called(type(self.model.get_submodule(place))):
+                def __call__(self, x):
+                    return super().__call__(x).cumsum(dim=1)
+
+            with self.subTest(place):
+                model = copy.deepcopy(self.model)
+                model.get_submodule(place).__class__ = Called
+                self.check_generation(model)
+
     def test_without_any_it_writes(self):
         self.model.transformer.h = nn.ModuleList()
         self.check_generation(self.model)
