@@ -89,8 +89,8 @@ class CausalSelfAttention(nn.Module):
                 raise ValueError(f"got {x.size(1)} tokens after a prompt, expected one at a time")
             k, v = cache.append(k, v)  # (B, nh, past + T, hs)
 
-        if self.uses_kernel(cache):
-            dropout = self.attn_dropout
+        dropout = self.attn_dropout
+        if self.uses_kernel(dropout):
             p = dropout.p if dropout.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=is_causal)
         else:
@@ -108,16 +108,12 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
         return qkv.permute(2, 0, 3, 1, 4).unbind()  # three of (B, nh, T, hs)
 
-    def uses_kernel(self, cache: KVCache | None) -> bool:
+    def uses_kernel(self, dropout: nn.Module) -> bool:
         """Tells whether torch's kernel may stand for the formula."""
-        # A cache is for known parts only: see can_cache in generation.py.
-        if cache is not None or not self.fused:
-            return self.fused
         # The kernel does not call the dropout module, which may be replaced or watched.
-        dropout = self.attn_dropout
         is_plain = type(dropout) in (Dropout, nn.Dropout) and "forward" not in vars(dropout)
         is_own = type(self).attend is CausalSelfAttention.attend and "attend" not in vars(self)
-        return is_own and is_plain and not has_hooks(dropout)
+        return self.fused and is_own and is_plain and not has_hooks(dropout)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Computes what the kernel computes, softmax(q kᵀ / √hs) v, step by step.

@@ -21,6 +21,7 @@ from common import tiny_config, tiny_gpt
 from mingpt import model as model_module
 from mingpt import trainer as trainer_module
 from mingpt.data import TokenDataset
+from mingpt.generation import KVCache, can_cache
 from mingpt.model import GPT, MLP, Block, CausalSelfAttention, NewGELU
 from mingpt.run import Run
 from mingpt.trainer import Trainer
@@ -331,6 +332,23 @@ class Blocks(WithModel):
             setattr(model.transformer.h[0].attn, name, value)
             self.assertNotEqual(greedy(model), greedy(self.model))
             self.check_generation(model)
+
+    def test_parts_inside_attention_count_beside_a_cache(self):
+        class Double(nn.Module):
+            def forward(self, att, cache=None):
+                return 2 * att
+
+        class Reversed(CausalSelfAttention):
+            def attend(self, q, k, v, cache=None):
+                return super().attend(-q, k, v)
+
+        for change in (lambda attn: setattr(attn, "attn_dropout", Double()),
+                       lambda attn: setattr(attn, "__class__", Reversed)):
+            model = copy.deepcopy(self.model)
+            change(model.transformer.h[0].attn)
+            self.assertTrue(can_cache(model))
+            cache = [KVCache(8) for _ in model.transformer.h]
+            torch.testing.assert_close(model(self.idx, cache=cache)[0], model(self.idx)[0][:, -1:])
 
 
 class Masks(WithModel):
