@@ -54,14 +54,17 @@ def write(model: Any, idx: Tensor, max_new_tokens: int, temperature: float, do_s
     check_config(settings, (*RULES, ("stop_token", is_token, f"a token from 0 to {V - 1}")))
     choose = make_choice(temperature, do_sample, top_k, top_p)
 
-    if not can_cache(model):
-        # Parts that are not known may keep tensors for a later training.
-        return _write(model, idx, max_new_tokens, choose, stop_token, None), torch.no_grad
+    is_known = can_cache(model)
     cache = None
-    if use_cache:
+    if use_cache and is_known:
         room = min(idx.size(1) + max_new_tokens, model.block_size)
         cache = [KVCache(room) for _ in model.transformer.h]
-    return _write(model, idx, max_new_tokens, choose, stop_token, cache), torch.inference_mode
+    tokens = _write(model, idx, max_new_tokens, choose, stop_token, cache)
+    # Inference mode is faster. But a part of one's own may keep tensors for a later
+    # training, and attention that is not fused keeps its weights.
+    if not is_known or any(map(keeps_tensors, model.modules())):
+        return tokens, torch.no_grad
+    return tokens, torch.inference_mode
 
 
 def _write(model: Any, idx: Tensor, max_new_tokens: int, choose: Callable,
@@ -181,24 +184,35 @@ def can_cache(model: Any) -> bool:
             return False
         if not takes_cache(block.forward) or not takes_cache(attention.forward):
             return False
-    return all(map(is_known, model.modules()))
+    return all(map(takes_part, model.modules()))
 
 
-def is_known(module: nn.Module) -> bool:
+def takes_part(module: nn.Module) -> bool:
     """Tells whether a module is known to treat each token for itself, or takes a cache."""
     if has_hooks(module) or type(module).__call__ is not nn.Module.__call__:
         return False
+    return all(map(takes_cache, foreign_methods(module)))
+
+
+def keeps_tensors(module: nn.Module) -> bool:
+    """Tells whether a module may keep tensors of what it computes."""
+    return not vars(module).get("fused", True) or len(foreign_methods(module)) > 0
+
+
+def foreign_methods(module: nn.Module) -> list[Callable]:
+    """Returns the methods of a module that compute, but for those of torch and this library."""
     if type(module) in TOKENWISE and "forward" not in vars(module):
-        return True
+        return []
+    methods = []
     for name in ("forward", "features", "mlpf", "attend", "compute_qkv"):
         # To ask a module for a name that it lacks is slow.
         if not hasattr(type(module), name) and name not in vars(module):
             continue
-        method = getattr(module, name, None)
+        method = getattr(module, name)
         is_own = getattr(method, "__globals__", {}).get("__name__") == "mingpt.model"
-        if callable(method) and not is_own and not takes_cache(method):
-            return False
-    return True
+        if callable(method) and not is_own:
+            methods.append(method)
+    return methods
 
 
 def takes_cache(method: Callable) -> bool:

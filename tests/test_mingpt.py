@@ -512,6 +512,26 @@ class Generation(WithModel):
                              [[1, 2, 0, 3, 6, 1, 2]])
 
 
+    def test_tensors_that_are_kept_may_be_used_in_training(self):
+        class Scaled(NewGELU):
+            scale = None
+
+            def forward(self, x, cache=None):
+                if self.scale is None:
+                    self.scale = torch.full_like(x[0, 0], 2)
+                return super().forward(x) * self.scale
+
+        scaled = copy.deepcopy(self.model)
+        scaled.transformer.h[0].mlp.act = Scaled()
+        greedy(scaled)
+        scaled(self.idx, self.idx)[1].backward()
+
+        attention = self.model.transformer.h[0].attn
+        attention.fused = False
+        greedy(self.model)
+        attention.att *= torch.ones(2, 1, 1, requires_grad=True)
+
+
 class OwnLoop(unittest.TestCase):
     def test_with_the_optimizer_of_three_settings(self):
         set_seed(11)
