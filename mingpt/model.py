@@ -192,9 +192,11 @@ class Block(nn.Module):
         x = x + (self.attn(x_norm) if cache is None else self.attn(x_norm, cache))
         return x + self.mlpf(self.ln_2(x))
 
-    def mlpf(self, x: Tensor) -> Tensor:
-        """Applies the MLP. This is minGPT's name for it."""
-        return self.mlp(x)
+    def __getattr__(self, name: str) -> Any:
+        # minGPT's name for the MLP. Programs may give the name to a part of their own.
+        if name == "mlpf" and "mlpf" not in self._modules:
+            name = "mlp"
+        return super().__getattr__(name)
 
 
 class GPT(nn.Module):

@@ -298,6 +298,22 @@ class Blocks(WithModel):
                 self.assertTrue(all(p.grad.any() for p in part.parameters()))
                 self.check_generation(model.eval())
 
+    def test_the_name_mlpf_may_be_given_to_another_part(self):
+        part = nn.Linear(16, 16).double()
+
+        class Method(Block):
+            def mlpf(self, x):
+                return part(x)
+
+        other = copy.deepcopy(self.model)
+        other.transformer.h[0].mlp = part
+        for name, value in (("mlpf", part), ("mlpf", part.forward), ("__class__", Method)):
+            with self.subTest(name, value=value):
+                model = copy.deepcopy(self.model)
+                setattr(model.transformer.h[0], name, value)
+                self.assertTrue(torch.equal(model(self.idx)[0], other(self.idx)[0]))
+                self.check_generation(model)
+
     def test_a_call_of_ones_own_counts(self):
         for place in ("transformer.h.0", "transformer.h.0.attn", "transformer.h.0.mlp.act"):
             class Called(type(self.model.get_submodule(place))):
