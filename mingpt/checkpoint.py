@@ -122,7 +122,7 @@ def check_fits(content: dict, model: nn.Module, optimizer: Any, path: str | Path
             here = str(own.get(name, "nothing"))[:80]
             raise ValueError(f"{path} is a checkpoint of another model: {name} is {there} in "
                              f"the file and {here} in the model")
-    if _groups(content["optimizer"]) != _groups(optimizer.state_dict()):
+    if not _groups_fit(content["optimizer"], optimizer.state_dict()):
         raise ValueError(f"{path} was written with another optimizer, or other layers were "
                          "trained; resume with the same")
 
@@ -133,8 +133,12 @@ def _shapes(state: dict) -> dict:
             for name, value in state.items()}
 
 
-def _groups(state: dict) -> list:
-    return [(len(group["params"]), sorted(group)) for group in state["param_groups"]]
+def _groups_fit(saved: dict, own: dict) -> bool:
+    if len(saved["param_groups"]) != len(own["param_groups"]):
+        return False
+    # Schedulers of torch and callbacks may have added settings to a group.
+    return all(len(then["params"]) == len(now["params"]) and then.keys() >= now.keys()
+               for then, now in zip(saved["param_groups"], own["param_groups"]))
 
 
 def random_state(device_type: str) -> dict:

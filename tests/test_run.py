@@ -21,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import TensorDataset
 
 import train_script
@@ -336,6 +337,14 @@ class Resume(Folder):
             run = make_run(work_dir=self.folder, resume=True)
             run.run()
             self.assertEqual([group["lr"] for group in run.optimizer.param_groups], [1e-2, 1e-2])
+
+    def test_settings_that_a_scheduler_added_to_its_groups_come_back(self):
+        run = make_run(max_iters=2, work_dir=self.folder)
+        run.add_callback("on_train_start", lambda run: OneCycleLR(run.optimizer, 0.1, 9))
+        run.run()
+        run = make_run(max_iters=4, work_dir=self.folder, resume=True)
+        run.run()
+        self.assertEqual([group["max_lr"] for group in run.optimizer.param_groups], [0.1, 0.1])
 
     def test_a_layer_that_was_frozen_may_learn(self):
         for optimizer in ("adamw", "muon"):
