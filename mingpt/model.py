@@ -121,7 +121,8 @@ class CausalSelfAttention(nn.Module):
         q is (B, nh, T, hs), k and v are (B, nh, S, hs): S counts the tokens in the
         cache, too, T only the new ones.
         """
-        T, S = q.size(2), k.size(2)
+        T = q.size(2)
+        S = k.size(2)
         att = q @ k.transpose(-2, -1) / math.sqrt(k.size(-1))  # (B, nh, T, S)
         mask = self._mask
         if mask is None:
@@ -200,7 +201,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT language model."""
+    """Predicts the next token of a row: a GPT language model."""
 
     @staticmethod
     def get_default_config() -> CN:
@@ -227,7 +228,8 @@ class GPT(nn.Module):
         copy. Raises ValueError for a setting that is missing or wrong.
         """
         super().__init__()
-        c = self.config = complete_config(config, self.get_default_config())
+        c = complete_config(config, self.get_default_config())
+        self.config = c
         self.block_size = c.block_size
         self.transformer: Any = nn.ModuleDict(dict(
             wte=nn.Embedding(c.vocab_size, c.n_embd),
@@ -249,7 +251,9 @@ class GPT(nn.Module):
         self.register_load_state_dict_pre_hook(_adapt_state_dict)
 
         # Nothing has failed, so the caller's config may change.
-        config.n_layer, config.n_head, config.n_embd = c.n_layer, c.n_head, c.n_embd
+        config.n_layer = c.n_layer
+        config.n_head = c.n_head
+        config.n_embd = c.n_embd
         count = sum(p.numel() for p in self.transformer.parameters())
         logger.info("number of parameters: %.2fM", count / 1e6)
 

@@ -43,8 +43,9 @@ SHARED_FIELDS = ("vocab_size", "n_layer", "n_head", "n_embd",
                  "embd_pdrop", "resid_pdrop", "attn_pdrop")
 # These are only kept, and saved again.
 KEPT_FIELDS = ("bos_token_id", "eos_token_id")
-# Settings in which GPT-2 models differ, and the values that this library supports,
-# the default first. "gelu" is the exact form, the other names mean the tanh form.
+# Settings in which GPT-2 models differ, and the values that this library
+# supports, the default first. "gelu" is the exact form, the other names mean the
+# tanh form.
 MODEL_CHOICES = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu"),
@@ -154,7 +155,7 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
         "dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
     }
     config |= {field: getattr(model.config, field) for field in SHARED_FIELDS}
-    # Without these fields transformers takes 50256, <|endoftext|> of GPT-2's vocabulary.
+    # Without these fields transformers takes 50256, GPT-2's <|endoftext|>.
     eot = 50256 if model.config.vocab_size == 50257 else None
     config |= {field: getattr(model.config, field, eot) for field in KEPT_FIELDS}
     state = model.state_dict()

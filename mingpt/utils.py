@@ -184,7 +184,7 @@ def fill_in(config, defaults: dict, known: Iterable[str], owner: str) -> None:
         # The class of the configuration may have it.
         setattr(config, name, getattr(config, name, value))
     for name, value in list(vars(config).items()):
-        # Classes that serve as configurations have fields of their own, such as __module__.
+        # A class that serves as a configuration has fields such as __module__.
         if not name.startswith("_"):
             setattr(config, name, to_python(value))
             if name not in known:
@@ -368,7 +368,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 
     The environment variable MINGPT_TRACEBACK=1 shows where an error comes from.
     """
-    # A terminal may lack UTF-8; a notebook's stdout and pythonw's None have no encoding.
+    # A terminal may lack UTF-8. A notebook's stdout and pythonw's None cannot change.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:

@@ -187,7 +187,8 @@ def make_product(rows: int, C: int, bench: Bench) -> tuple[Callable, float]:
     least = 1e10
     if bench.device == "cuda":
         # Less does not keep a GPU busy.
-        rows, least = max(rows, 8192), 1e13
+        rows = max(rows, 8192)
+        least = 1e13
     a = torch.randn(rows, C, dtype=bench.dtype, device=bench.device)
     b = torch.randn(C, 4 * C, dtype=bench.dtype, device=bench.device)
     once = 8 * rows * C * C

@@ -85,7 +85,7 @@ DATASETS = {  # name: address, sha1 of the text
     "text8": ("http://mattmahoney.net/dc/text8.zip", "0dc3edebc970dcc96137e7deda4d9995af9d93de"),
     "enwik8": ("http://mattmahoney.net/dc/enwik8.zip", "57b8363b814821dc9d47aa4d41f58733519076b2"),
 }
-# Shares of a text that train, validate and test. The large ones have their usual test.
+# Shares of a text that train, validate and test, as others split these two.
 SHARES = {"text8": (0.9, 0.05, 0.05), "enwik8": (0.9, 0.05, 0.05)}
 PART_CHARACTERS = 1 << 22
 
@@ -174,7 +174,7 @@ def split(tokens: np.ndarray, name: str, block_size: int) -> list[np.ndarray]:
 # The model
 
 class CharGPT(GPT):
-    """A GPT that knows its characters.
+    """Predicts characters, and knows which they are.
 
     They are part of its state dict: a run on another text cannot resume a checkpoint.
     """

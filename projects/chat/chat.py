@@ -119,10 +119,10 @@ def read_dialogs(path: str) -> list[list[str]]:
 
 
 class DialogDataset(Dataset):
-    """Rows of block_size tokens, one from each question on; targets of questions are -1.
+    """Cuts dialogs into rows of block_size tokens, one from each question on.
 
-    The dialogs follow one another, and the first one the last. So a question comes at
-    many positions, after many others.
+    Targets of questions are -1. The dialogs follow one another, and the first one the
+    last. So a question comes at many positions, after many others.
     """
 
     def __init__(self, dialogs: list[list[str]], encoder: Encoder, block_size: int):

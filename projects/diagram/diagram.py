@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 
 matplotlib.use("Agg")
-# Without these two settings every run would write other identifiers and another date.
+# These settings keep random identifiers and the date out of the files.
 matplotlib.rcParams["svg.hashsalt"] = "minGPT"
 METADATA = {"Date": None}
 
@@ -163,7 +163,8 @@ def draw_part(pen: Pen, x: float, y: float, height: float, fill: str, title: str
     for row, text, shape in lines:
         pen.write(64, row, text, ha="left")
         pen.shape(95, row, shape)
-    first, last = lines[0][0], lines[-1][0]
+    first = lines[0][0]
+    last = lines[-1][0]
     pen.arrow((x, first), (62, first))
     pen.arrow((62, last), (x + 1.8, last))
 

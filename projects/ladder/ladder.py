@@ -53,7 +53,7 @@ def get_config() -> CfgNode:
     return C
 
 
-# The rungs. Each is a module that returns (logits, loss), which is all a Trainer asks for.
+# The rungs. Each is a module that returns (logits, loss), as a Trainer expects.
 
 
 def measure(logits: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -131,7 +131,8 @@ class Attention(nn.Module):
         # No character may look at those after it.
         future = torch.ones(T, T, dtype=torch.bool).triu(1)
         weights = scores.masked_fill(future, -torch.inf).softmax(dim=3)
-        return (weights @ v).transpose(1, 2).reshape(B, T, C)  # heads side by side
+        # The heads come side by side.
+        return (weights @ v).transpose(1, 2).reshape(B, T, C)  # (B, T, C)
 
 
 class OneLayer(nn.Module):
@@ -167,7 +168,7 @@ class OneLayer(nn.Module):
 
 
 class Rung(NamedTuple):
-    """A row of the table."""
+    """Describes a row of the table."""
 
     name: str
     make: Callable[[CfgNode], nn.Module]  # builds the module, from the settings of a model

@@ -21,7 +21,7 @@ from mingpt.utils import CfgNode
 
 
 class ModernAttention(CausalSelfAttention):
-    """Attention that sees how far apart two tokens are, and compares only directions."""
+    """Sees how far apart two tokens are, and compares only directions."""
 
     def __init__(self, config: CfgNode):
         super().__init__(config)
@@ -81,7 +81,7 @@ class NoPositions(nn.Module):
 
 
 class ModernGPT(GPT):
-    """A GPT with five changes, each with a switch in its config."""
+    """Changes a GPT in five ways, each with a switch in its config."""
 
     @staticmethod
     def get_default_config() -> CfgNode:

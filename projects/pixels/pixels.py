@@ -244,7 +244,8 @@ def draw_attention(model: GPT, picture: np.ndarray, digit: int, path: Path) -> N
     axes = draw_sheet(sheet, columns, [f"block {i}" for i in range(n_layer)], inches=1.4)
     for row in range(n_layer):
         for column in range(1 + n_head):
-            x, y = 9 * column + pixel % 8, 9 * row + pixel // 8
+            x = 9 * column + pixel % 8
+            y = 9 * row + pixel // 8
             axes.fill([x - 0.5, x + 0.5, x + 0.5, x - 0.5], [y - 0.5, y - 0.5, y + 0.5, y + 0.5],
                       color="red", linewidth=0)
     save(axes, path)
