@@ -104,7 +104,7 @@ class Run(Trainer):
 
     def step(self, network: Callable, micro_batches: list) -> None:
         super().step(network, micro_batches)
-        self._targets = sum(y.numel() for x, y in micro_batches) * self.world_size
+        self._targets_per_step = sum(y.numel() for x, y in micro_batches) * self.world_size
         # A GPU computes on while Python goes ahead, so wait before the time is read.
         if self._is_due("log"):
             torch.get_device_module(self.device_type).synchronize()
@@ -186,7 +186,7 @@ class Run(Trainer):
         self._last_report = (self.steps_done, self.elapsed)
         # A coarse clock may not have moved.
         seconds = max(self.elapsed - elapsed, 1e-9) / max(1, self.steps_done - steps)
-        rate = self._targets / seconds
+        rate = self._targets_per_step / seconds
         line = (f"step {self.steps_done:>6}  loss {loss:.4f}  lr {lr:.1e}  "
                 f"{1000 * seconds:7.2f} ms  {rate:>9,.0f} tok/s")
         left = (self.step_limit() - self.steps_done) * seconds
