@@ -179,9 +179,6 @@ def can_cache(model: Any) -> bool:
         return False
     for block in blocks:
         attention = getattr(block, "attn", block)
-        # Attention by a mask of its own may look ahead.
-        if getattr(attention, "_mask", None) is not None:
-            return False
         if not takes_cache(block.forward) or not takes_cache(attention.forward):
             return False
     return all(map(takes_part, model.modules()))
@@ -190,6 +187,9 @@ def can_cache(model: Any) -> bool:
 def takes_part(module: nn.Module) -> bool:
     """Tells whether a module is known to treat each token for itself, or takes a cache."""
     if has_hooks(module) or type(module).__call__ is not nn.Module.__call__:
+        return False
+    # Attention by a mask of its own may look ahead.
+    if module._buffers.get("_mask") is not None:
         return False
     return all(map(takes_cache, foreign_methods(module)))
 

@@ -401,6 +401,20 @@ class Masks(WithModel):
                 self.assertTrue(self.sees_ahead(copy.deepcopy(model)))
                 self.check_generation(model)
 
+    def test_it_counts_wherever_attention_stands(self):
+        class Wrapped(nn.Module):
+            def __init__(self, block):
+                super().__init__()
+                self.block = block
+
+            def forward(self, x, cache=None):
+                return self.block(x, cache)
+
+        for block in self.model.transformer.h:
+            block.attn.bias = torch.ones(1, 1, 8, 8)
+        self.model.transformer.h = nn.ModuleList(map(Wrapped, self.model.transformer.h))
+        self.check_generation(self.model)
+
     def test_a_buffer_with_the_name_mask(self):
         expected = self.model(self.idx)[0]
         attention = self.model.transformer.h[0].attn
