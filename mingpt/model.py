@@ -78,7 +78,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """Maps (B, T, C) to (B, T, C). With a cache, x follows the tokens it holds."""
-        qkv = self.compute_qkv(x) if cache is None else self.compute_qkv(x, cache)
+        qkv = self.compute_qkv(x) if cache is None else self.compute_qkv(x, cache=cache)
         q, k, v = qkv  # three of (B, nh, T, hs)
 
         # Several tokens need the causal mask. A single new one may look at all, since
@@ -190,7 +190,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         x_norm = self.ln_1(x)
-        x = x + (self.attn(x_norm) if cache is None else self.attn(x_norm, cache))
+        x = x + (self.attn(x_norm) if cache is None else self.attn(x_norm, cache=cache))
         return x + self.mlpf(self.ln_2(x))
 
     def __getattr__(self, name: str) -> Any:
@@ -290,7 +290,7 @@ class GPT(nn.Module):
         parts = self.transformer
         x = parts.drop(parts.wte(idx) + parts.wpe(pos))  # (B, T, C) + (T, C)
         for i, block in enumerate(parts.h):
-            x = block(x) if cache is None else block(x, cache[i])
+            x = block(x) if cache is None else block(x, cache=cache[i])
         return parts.ln_f(x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
@@ -303,7 +303,7 @@ class GPT(nn.Module):
         if cache is None:
             x = self.features(idx)  # (B, T, C)
         else:
-            x = self.features(idx, cache)[:, -1:]  # (B, T, C) -> (B, 1, C)
+            x = self.features(idx, cache=cache)[:, -1:]  # (B, T, C) -> (B, 1, C)
         logits = self.lm_head(x)
         if targets is None:
             return logits, None

@@ -349,6 +349,34 @@ class Blocks(WithModel):
             self.assertNotEqual(greedy(model), greedy(self.model))
             self.check_generation(model)
 
+    def test_a_cache_comes_by_its_name(self):
+        class Masked(CausalSelfAttention):
+            def forward(self, x, mask=None, cache=None):
+                assert mask is None
+                return super().forward(x, cache)
+
+            def compute_qkv(self, x, mask=None, cache=None):
+                assert mask is None
+                return super().compute_qkv(x, cache)
+
+        class MaskedBlock(Block):
+            def forward(self, x, mask=None, cache=None):
+                assert mask is None
+                return super().forward(x, cache)
+
+        class Weighted(GPT):
+            def features(self, idx, weights=None, cache=None):
+                assert weights is None
+                return super().features(idx, cache)
+
+        for place, part in (("", Weighted), ("transformer.h.0", MaskedBlock),
+                            ("transformer.h.0.attn", Masked)):
+            with self.subTest(place):
+                model = copy.deepcopy(self.model)
+                model.get_submodule(place).__class__ = part
+                self.assertTrue(can_cache(model))
+                self.check_generation(model)
+
     def test_parts_inside_attention_count_beside_a_cache(self):
         class Double(nn.Module):
             def forward(self, att, cache=None):
