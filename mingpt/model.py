@@ -140,7 +140,8 @@ class CausalSelfAttention(nn.Module):
         """
         if self._mask is None:
             T = self.block_size
-            mask = torch.ones(T, T, device=self.c_proj.weight.device).tril()  # (T, T)
+            device = next(self.parameters()).device
+            mask = torch.ones(T, T, device=device).tril()  # (T, T)
             self.bias = mask.view(1, 1, T, T)  # (T, T) -> (1, 1, T, T)
         return self._mask
 
