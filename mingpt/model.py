@@ -229,7 +229,10 @@ class GPT(nn.Module):
         copy. Raises ValueError for a setting that is missing or wrong.
         """
         super().__init__()
-        c = self.config = complete_config(config, self.get_default_config())
+        defaults = GPT.get_default_config()
+        # A subclass may have defaults of its own, but not all of these.
+        defaults.merge_from_dict(vars(self.get_default_config()))
+        c = self.config = complete_config(config, defaults)
         self.block_size = c.block_size
         self.transformer: Any = nn.ModuleDict(dict(
             wte=nn.Embedding(c.vocab_size, c.n_embd),

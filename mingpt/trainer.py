@@ -62,7 +62,8 @@ class Trainer:
 
         Raises ValueError for a setting that does not fit.
         """
-        defaults = vars(self.get_default_config())
+        # A subclass may have defaults of its own, but not all of these.
+        defaults = vars(Trainer.get_default_config()) | vars(self.get_default_config())
         fill_in(config, defaults, [*defaults, *RUN_FIELDS], "Trainer")
         foreign = [name for name in RUN_FIELDS if hasattr(config, name) and name not in defaults]
         if foreign:

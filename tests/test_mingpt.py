@@ -121,6 +121,28 @@ class Scripts(unittest.TestCase):
             self.assertEqual(kind(parts)(torch.randn(2, 5, 16)).shape, (2, 5, 16))
 
 
+    def test_a_subclass_may_have_minGPTs_defaults_and_its_own(self):
+        class Mine(GPT):
+            @staticmethod
+            def get_default_config():
+                return CfgNode(model_type="gpt-nano", n_layer=None, n_head=None, n_embd=None,
+                               vocab_size=11, block_size=8, embd_pdrop=0.1, resid_pdrop=0.1,
+                               attn_pdrop=0.1, rank=4)
+
+        class MyTrainer(Trainer):
+            @staticmethod
+            def get_default_config():
+                return CfgNode(device="cpu", num_workers=0, max_iters=2, batch_size=4,
+                               learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1,
+                               grad_norm_clip=1.0, patience=3)
+
+        model = Mine(Mine.get_default_config())
+        trainer = MyTrainer(MyTrainer.get_default_config(), model, Pairs())
+        trainer.run()
+        self.assertEqual((model.config.rank, trainer.config.patience), (4, 3))
+        self.assertEqual(trainer.iter_num, 2)
+
+
 class Weights(WithModel):
     def test_fresh_ones_equal_minGPTs_bit_for_bit(self):
         V, T, C, n_layer = 11, 8, 16, 2
