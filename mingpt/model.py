@@ -254,7 +254,9 @@ class GPT(nn.Module):
         self.register_load_state_dict_pre_hook(_adapt_state_dict)
 
         # Nothing has failed, so the caller's config may change.
-        config.n_layer, config.n_head, config.n_embd = c.n_layer, c.n_head, c.n_embd
+        for name in ("n_layer", "n_head", "n_embd"):
+            if getattr(config, name, None) is None:
+                setattr(config, name, getattr(c, name))
         count = sum(p.numel() for p in self.transformer.parameters())
         logger.info("number of parameters: %.2fM", count / 1e6)
 
@@ -413,7 +415,8 @@ def complete_config(config: CN, complete: CN) -> CN:
     Raises ValueError for a setting that is missing, wrong or contradicts the model_type.
     """
     known = list(vars(complete))
-    for name in [*known, *vars(config)]:
+    # A named tuple, for one, has no __dict__.
+    for name in [*known, *getattr(config, "__dict__", {})]:
         if hasattr(config, name) and not name.startswith("_"):
             setattr(complete, name, getattr(config, name))
     fill_in(complete, {}, known, "GPT")

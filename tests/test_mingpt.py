@@ -6,8 +6,10 @@ Programs as people write them for minGPT: they run, with minGPT's meaning.
 
 import contextlib
 import copy
+import dataclasses
 import math
 import unittest
+from collections import namedtuple
 from types import SimpleNamespace
 from unittest import mock
 
@@ -120,6 +122,12 @@ class Scripts(unittest.TestCase):
         for kind in (Block, CausalSelfAttention):
             self.assertEqual(kind(parts)(torch.randn(2, 5, 16)).shape, (2, 5, 16))
 
+
+    def test_a_config_that_nobody_can_write_to(self):
+        fields = vars(tiny_config())
+        frozen = dataclasses.make_dataclass("Frozen", fields, frozen=True)
+        for config in (frozen(**fields), namedtuple("Row", fields)(**fields)):
+            self.assertEqual(vars(GPT(config).config), fields)
 
     def test_a_subclass_may_have_minGPTs_defaults_and_its_own(self):
         class Mine(GPT):
