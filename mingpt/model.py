@@ -402,8 +402,10 @@ PRESETS = {  # model_type: n_layer, n_head, n_embd
     "gpt-nano": (3, 3, 48),
 }
 RULES = (  # names of settings, test of a value, what is expected
-    ("n_layer n_head n_embd vocab_size block_size", lambda v: type(v) is int and v > 0,
-     "a whole number above 0 (a model_type sets n_layer, n_head and n_embd)"),
+    ("n_layer", lambda v: type(v) is int and v >= 0,
+     "a whole number, 0 or more (a model_type sets it)"),
+    ("n_head n_embd vocab_size block_size", lambda v: type(v) is int and v > 0,
+     "a whole number above 0 (a model_type sets n_head and n_embd)"),
     ("embd_pdrop resid_pdrop attn_pdrop", lambda v: 0 <= v <= 1 and v is not True,
      "a share from 0 to 1"),
 )
