@@ -152,6 +152,10 @@ class CausalSelfAttention(nn.Module):
         self._mask = mask
         self.fused = False
 
+    @bias.deleter
+    def bias(self) -> None:
+        self._mask = None
+
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         if name == "bias":
             self.bias = tensor

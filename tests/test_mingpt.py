@@ -389,6 +389,21 @@ class Masks(WithModel):
                 self.assertTrue(self.sees_ahead(copy.deepcopy(model)))
                 self.check_generation(model)
 
+    def test_it_can_be_deleted(self):
+        class Own(CausalSelfAttention):
+            def __init__(self, config):
+                super().__init__(config)
+                del self.bias
+                self.register_buffer("bias", torch.ones(1, 1, 8, 8))
+
+        before = self.model(self.idx)[0]
+        for block in self.model.transformer.h:
+            del block.attn.bias
+        torch.testing.assert_close(self.model(self.idx)[0], before)
+        for block in self.model.transformer.h:
+            block.attn = Own(tiny_config()).double().eval()
+        self.assertTrue(self.sees_ahead(self.model))
+
     def test_a_buffer_with_the_name_mask(self):
         expected = self.model(self.idx)[0]
         attention = self.model.transformer.h[0].attn
