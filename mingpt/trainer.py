@@ -188,8 +188,9 @@ class Trainer:
         else:
             raise ValueError(f"got optimizer={config.optimizer!r} for a model without "
                              "configure_optimizers, expected 'adamw'")
-        # A schedule multiplies the rate that each group starts with.
-        for group in optimizer.param_groups:
+        # A schedule multiplies the rate that each group starts with. An object around an
+        # optimizer, with a step of its own, may have no groups.
+        for group in getattr(optimizer, "param_groups", []):
             group.setdefault("initial_lr", group["lr"])
         return optimizer
 
@@ -326,7 +327,7 @@ def is_scheduled(settings: dict) -> bool:
 def carry_over(before: Any, optimizer: Any, keeps_rates: bool) -> None:
     """Gives a new optimizer the state of an earlier one, parameter by parameter."""
     # An optimizer of another kind has a state of its own.
-    if type(before) is not type(optimizer):
+    if type(before) is not type(optimizer) or not hasattr(optimizer, "state"):
         return
     parameters = {p for group in optimizer.param_groups for p in group["params"]}
     optimizer.state.update({p: state for p, state in before.state.items() if p in parameters})

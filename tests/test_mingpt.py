@@ -623,6 +623,29 @@ class Rates(unittest.TestCase):
                         trainer.run()
                 self.assertEqual(used, [1e-2, 5e-3, 2.5e-3, 1.25e-3])
 
+    def test_set_by_an_object_around_an_optimizer(self):
+        class Noam:
+            def __init__(self, optimizer):
+                self.optimizer = optimizer
+                self.steps = 0
+
+            def step(self):
+                self.steps += 1
+                for group in self.optimizer.param_groups:
+                    group["lr"] = 1e-3 * self.steps
+                self.optimizer.step()
+
+        class Mine(GPT):
+            def configure_optimizers(self, train_config):
+                return Noam(super().configure_optimizers(train_config))
+
+        trainer = make_trainer(Mine(tiny_config()))
+        at_step(trainer, 1, mock.Mock(side_effect=KeyboardInterrupt))
+        with self.assertRaises(KeyboardInterrupt):
+            trainer.run()
+        trainer.run()
+        self.assertEqual((trainer.iter_num, trainer.optimizer.steps), (4, 2))
+
     def test_groups_of_ones_own_and_of_a_callback_keep_their_rates_under_a_schedule(self):
         class Mine(GPT):
             def configure_optimizers(self, train_config):
