@@ -293,9 +293,9 @@ class GPT(nn.Module):
         if end > self.block_size:
             raise ValueError(
                 f"got {end} tokens in a row, but block_size is {self.block_size}; shorten it")
-        pos = torch.arange(past, end, device=idx.device)  # (T,)
+        pos = torch.arange(past, end, device=idx.device).unsqueeze(0)  # (1, T)
         parts = self.transformer
-        x = parts.drop(parts.wte(idx) + parts.wpe(pos))  # (B, T, C) + (T, C)
+        x = parts.drop(parts.wte(idx) + parts.wpe(pos))  # (B, T, C) + (1, T, C)
         for i, block in enumerate(parts.h):
             x = block(x) if cache is None else block(x, cache[i])
         return parts.ln_f(x)

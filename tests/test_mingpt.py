@@ -261,6 +261,16 @@ class Subclasses(WithModel):
         self.assertEqual(model.generate(torch.tensor([[1, 2]]), 3).shape, (1, 5))
         model.configure_optimizers(Trainer.get_default_config())
 
+    def test_a_module_for_positions_gets_a_row_of_them(self):
+        class Sines(nn.Module):
+            def forward(self, pos):
+                B, T = pos.shape
+                return torch.sin(pos.view(B, T, 1) / 2.0 ** torch.arange(16))
+
+        self.model.transformer.wpe = Sines()
+        self.assertEqual(self.model(self.idx)[0].shape, (1, 8, 11))
+        self.check_generation(self.model)
+
     def test_a_loss_of_ones_own_counts_its_own_targets(self):
         class OwnLoss(GPT):
             def forward(self, idx, targets=None, cache=None):
