@@ -43,6 +43,9 @@ class CfgNode(SimpleNamespace):
         n_layer: 3
     """
 
+    # Programs put configurations into sets and caches, each as a thing of its own.
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
     def __str__(self) -> str:
         lines = []
         for name, value in vars(self).items():

@@ -99,6 +99,12 @@ class Configuration(unittest.TestCase):
         config.merge_from_dict(dict(seed=3, new=4, data=dict(steps=6)))
         self.assertEqual(config.to_dict(), dict(seed=3, data=dict(steps=6, rate=0.1), new=4))
 
+    def test_a_configuration_may_be_a_key(self):
+        first = CfgNode(seed=1)
+        names = {first: "first", CfgNode(seed=2): "second"}
+        first.seed = 3
+        self.assertEqual(names[first], "first")
+
     def test_docstrings(self):
         self.assertEqual(doctest.testmod(utils).failed, 0)
 
