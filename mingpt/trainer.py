@@ -97,7 +97,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.dtype == torch.float16)
         self.steps_done = 0
         self.iter_num = 0  # steps done; in on_batch_end the number of the step, from 0
-        self.iter_time = 0.0  # when the last step ended, in seconds
+        self.iter_time = 0.0  # when the last step ended, as time.time() tells
         self.iter_dt = 0.0  # seconds that the last step took
         self.loss = torch.zeros(())  # mean loss of the last step
         self.grad_norm = torch.zeros(())  # length of its gradient before clipping
@@ -134,8 +134,8 @@ class Trainer:
                     if self.iter_num >= self.step_limit():
                         self.stop()
                     self.iter_num = self.steps_done
-                    self.iter_time = time.perf_counter()
-                    self.iter_dt = self.iter_time - start
+                    self.iter_dt = time.perf_counter() - start
+                    self.iter_time = time.time()
                     self.after_step()
         except KeyboardInterrupt:
             self.goes_on = True
@@ -164,6 +164,7 @@ class Trainer:
                 # Dropout differs between processes.
                 torch.manual_seed(self.seed + self.rank)
         self.iter_num = self.steps_done
+        self.iter_time = time.time()
         self.goes_on = False
         self.is_stopping = False
         self.model.train()

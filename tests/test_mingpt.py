@@ -590,6 +590,13 @@ class Callbacks(unittest.TestCase):
         self.assertEqual(calls, [0, "mine", 1, "mine"])
         trainer.trigger_callbacks("on_nothing")
 
+    def test_they_see_when_the_last_step_ended(self):
+        trainer = make_trainer(max_iters=2)
+        seen = record(trainer, lambda trainer: trainer.iter_time)
+        with mock.patch("time.time", lambda: 1e9):
+            trainer.run()
+        self.assertEqual([*seen, trainer.iter_time], [1e9] * 3)
+
     def test_they_may_set_iter_num_to_end_the_run(self):
         trainer = make_trainer(max_iters=100)
         trainer.set_callback("on_batch_end", lambda trainer: setattr(trainer, "iter_num", 999))
