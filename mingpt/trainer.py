@@ -285,7 +285,8 @@ class Trainer:
             # An inherited count_targets does not know the loss of a new forward.
             if "forward" in vars(cls):
                 break
-        return y.numel()
+        # A loss of x alone has an empty y.
+        return max(1, y.numel())
 
     def decay_end(self) -> float:
         """Returns the step at which the learning rate reaches min_lr."""

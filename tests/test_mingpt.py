@@ -284,6 +284,16 @@ class Subclasses(WithModel):
         make_trainer(model, TensorDataset(x, -torch.ones(8)), max_iters=1).run()
         self.assertFalse(torch.equal(model.lm_head.weight, before))
 
+    def test_a_loss_without_targets_learns(self):
+        class Reconstruction(nn.Linear):
+            def forward(self, x, y):
+                return None, F.mse_loss(super().forward(x), x)
+
+        model = Reconstruction(3, 3)
+        before = model.weight.detach().clone()
+        make_trainer(model, TensorDataset(torch.randn(8, 3), torch.empty(8, 0)), max_iters=1).run()
+        self.assertFalse(torch.equal(model.weight, before))
+
     def test_a_dataset_that_changes_its_examples(self):
         class NoTargets(TokenDataset):
             def __getitem__(self, index):
