@@ -440,11 +440,15 @@ def complete_config(config: CN, complete: CN) -> CN:
 
 
 def _adapt_state_dict(model: GPT, state: dict, prefix: str, *args) -> None:
-    """Lets weights load with or without a head of their own, and with minGPT's masks."""
+    """Lets weights load with or without a head of their own, and minGPT's masks."""
     own = model.state_dict(prefix=prefix)
     for key in list(state):
         if key.endswith((".attn.bias", ".attn.masked_bias")) and key not in own:
             del state[key]
+    # An attention of one's own may have a mask like minGPT's, which is no weight.
+    for name, mask in model.named_buffers(prefix.removesuffix(".")):
+        if name.endswith(".attn.bias") and name in own:
+            state.setdefault(name, mask)
     name = prefix + "lm_head.weight"
     wte = state.get(prefix + "transformer.wte.weight")
     if wte is None or name not in own or own[name].shape != wte.shape:

@@ -205,6 +205,22 @@ class Weights(WithModel):
             model.load_state_dict(state)
             torch.testing.assert_close(model(self.idx)[0], self.model(self.idx)[0])
 
+    def test_an_attention_with_minGPTs_mask_takes_the_weights_of_one_without(self):
+        class Masked(nn.Module):
+            def __init__(self, config):
+                super().__init__()
+                self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+                self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+                self.register_buffer("bias", torch.ones(1, 1, 8, 8))
+
+        model = tiny_gpt()
+        for block in model.transformer.h:
+            block.attn = Masked(tiny_config())
+        model.load_state_dict(self.model.state_dict())
+        theirs, ours = (m.transformer.h[1].attn.c_attn.weight for m in (model, self.model))
+        torch.testing.assert_close(theirs, ours.float())
+        self.assertTrue(model.transformer.h[1].attn.bias.all())
+
     def test_a_larger_vocabulary_in_a_finished_model(self):
         layers = tiny_gpt()
         layers.transformer.wte = nn.Embedding(13, 16)
