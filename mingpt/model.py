@@ -236,7 +236,10 @@ class GPT(nn.Module):
         defaults = GPT.get_default_config()
         # A subclass may have defaults of its own, but not all of these.
         defaults.merge_from_dict(vars(self.get_default_config()))
-        c = self.config = complete_config(config, defaults)
+        c = complete_config(config, defaults)
+        # minGPT's model has no config, so a subclass may already have one of its own.
+        if not hasattr(self, "config"):
+            self.config = c
         self.block_size = c.block_size
         self.transformer: Any = nn.ModuleDict(dict(
             wte=nn.Embedding(c.vocab_size, c.n_embd),

@@ -151,6 +151,16 @@ class Scripts(unittest.TestCase):
         self.assertEqual(trainer.iter_num, 2)
 
 
+    def test_a_subclass_may_have_a_config_of_its_own(self):
+        class Agent(GPT):
+            def __init__(self, config):
+                self.config = config
+                super().__init__(tiny_config(vocab_size=config.actions))
+
+        config = SimpleNamespace(actions=5)
+        self.assertIs(Agent(config).config, config)
+
+
 class Weights(WithModel):
     def test_fresh_ones_equal_minGPTs_bit_for_bit(self):
         V, T, C, n_layer = 11, 8, 16, 2
