@@ -102,6 +102,7 @@ class Trainer:
         self.loss = torch.zeros(())  # mean loss of the last step
         self.grad_norm = torch.zeros(())  # length of its gradient before clipping
         self.has_schedule = False  # whether a schedule has set the rates of the last step
+        self.rates_set: list = []  # those that it has set last in this run
         self.seed = int(config.seed or 0)  # of the examples of this run
         self.runs_done = 0
         self.is_stopping = False
@@ -165,6 +166,7 @@ class Trainer:
                 torch.manual_seed(self.seed + self.rank)
         self.iter_num = self.steps_done
         self.iter_time = time.time()
+        self.rates_set = []
         self.goes_on = False
         self.is_stopping = False
         self.model.train()
@@ -309,13 +311,19 @@ class Trainer:
         return least + height * (1 - least)
 
     def set_rates(self) -> None:
-        """Sets the learning rates of this step. Without a schedule they are left alone."""
-        self.has_schedule = is_scheduled(vars(self.config))
+        """Sets the learning rates of this step. Without a schedule they are left alone.
+
+        Whoever else sets them, such as a callback, has them from then on.
+        """
+        groups = getattr(self.optimizer, "param_groups", [])
+        changed = any(group["lr"] != rate for group, rate in zip(groups, self.rates_set))
+        self.has_schedule = is_scheduled(vars(self.config)) and not changed
         if self.has_schedule:
-            for group in self.optimizer.param_groups:
+            for group in groups:
                 # A callback may have brought this group.
                 rate = group.setdefault("initial_lr", group["lr"])
                 group["lr"] = rate * self.schedule(self.steps_done)
+            self.rates_set = [group["lr"] for group in groups]
 
     def after_step(self) -> None:
         """Does what comes after each step: here nothing, in Run a lot."""

@@ -657,6 +657,17 @@ class Rates(unittest.TestCase):
             trainer.run()
             self.assertEqual(used, [[0.01] * 2, [0.005] * 2, [0.0025] * 2, [0.00125] * 2])
 
+    def test_written_by_a_callback_while_a_setting_of_its_own_is_also_the_trainers(self):
+        def decay(trainer):
+            for group in trainer.optimizer.param_groups:
+                group["lr"] = 1 / 2 ** trainer.iter_num
+
+        trainer = make_trainer(learning_rate=1.0, warmup_iters=10)
+        used = record(trainer, lambda trainer: rates(trainer)[0])
+        trainer.add_callback("on_batch_end", decay)
+        trainer.run()
+        self.assertEqual(used, [0.1, 1.0, 0.5, 0.25])
+
     def test_set_by_a_scheduler_of_torch(self):
         def start(trainer):
             if trainer.iter_num == 0:
