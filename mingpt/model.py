@@ -344,7 +344,9 @@ class GPT(nn.Module):
             embeddings.add(self.lm_head.weight)
         decayed = dict.fromkeys(p for p in matrices(nn.Linear) if p not in embeddings)
         others = [p for p in self.parameters() if p not in decayed]
-        groups: list[dict] = [{"params": list(decayed)}, {"params": others, "weight_decay": 0.0}]
+        # The groups alone say it: one that is added later has torch's default.
+        groups: list[dict] = [{"params": list(decayed), "weight_decay": train_config.weight_decay},
+                              {"params": others, "weight_decay": 0.0}]
         name = getattr(train_config, "optimizer", "adamw")
         if name not in ("adamw", "muon"):
             raise ValueError(f"got optimizer={name!r}, expected 'adamw' or 'muon'")
@@ -354,7 +356,7 @@ class GPT(nn.Module):
             stacked = {p for name, p in self.named_parameters() if name.endswith("c_attn.weight")}
             return join_muon(groups, in_blocks, stacked, train_config)
         return torch.optim.AdamW(groups, lr=train_config.learning_rate, betas=train_config.betas,
-                                 weight_decay=train_config.weight_decay, fused=True)
+                                 fused=True)
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
                  do_sample: bool = False, top_k: int | None = None, top_p: float | None = None,

@@ -594,6 +594,14 @@ class OwnLoop(unittest.TestCase):
             losses.append(loss.item())
         self.assertLess(losses[-1], 0.7 * losses[0])
 
+    def test_a_group_that_is_added_decays_by_torchs_default(self):
+        optimizer = GPT(tiny_config()).configure_optimizers(Trainer.get_default_config())
+        parameter = nn.Parameter(torch.ones(3))
+        optimizer.add_param_group({"params": [parameter]})
+        expected = torch.optim.AdamW([parameter]).defaults["weight_decay"]
+        self.assertEqual([group["weight_decay"] for group in optimizer.param_groups],
+                         [0.1, 0.0, expected])
+
     def test_in_a_subclass_of_the_trainer_without_a_dataset(self):
         class Mine(Trainer):
             def run(self):
