@@ -150,6 +150,10 @@ class CausalSelfAttention(nn.Module):
         self._mask = mask
         self.fused = False
 
+    @bias.deleter
+    def bias(self) -> None:
+        self._mask = None
+
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         if name == "bias":
             self.bias = tensor
@@ -194,11 +198,10 @@ class Block(nn.Module):
         x = x + (self.attn(x_norm) if cache is None else self.attn(x_norm, cache=cache))
         return x + self.mlpf(self.ln_2(x))
 
-    def __getattr__(self, name: str) -> Any:
-        # minGPT's name for the MLP. Programs may give the name to a part of their own.
-        if name == "mlpf" and "mlpf" not in self._modules:
-            name = "mlp"
-        return super().__getattr__(name)
+    def mlpf(self, x: Tensor) -> Tensor:
+        """Applies the MLP. This is minGPT's name; a program may give it to another module."""
+        other = self._modules.get("mlpf")
+        return self.mlp(x) if other is None else other(x)
 
 
 class GPT(nn.Module):
@@ -229,7 +232,10 @@ class GPT(nn.Module):
         copy. Raises ValueError for a setting that is missing or wrong.
         """
         super().__init__()
-        c = complete_config(config, self.get_default_config())
+        # A subclass may have defaults of its own, but not all of these.
+        defaults = GPT.get_default_config()
+        defaults.merge_from_dict(vars(self.get_default_config()))
+        c = complete_config(config, defaults)
         self.config = c
         self.block_size = c.block_size
         self.transformer: Any = nn.ModuleDict(dict(
@@ -252,9 +258,9 @@ class GPT(nn.Module):
         self.register_load_state_dict_pre_hook(_adapt_state_dict)
 
         # Nothing has failed, so the caller's config may change.
-        config.n_layer = c.n_layer
-        config.n_head = c.n_head
-        config.n_embd = c.n_embd
+        for name in ("n_layer", "n_head", "n_embd"):
+            if getattr(config, name, None) is None:
+                setattr(config, name, getattr(c, name))
         count = sum(p.numel() for p in self.transformer.parameters())
         logger.info("number of parameters: %.2fM", count / 1e6)
 
@@ -287,9 +293,9 @@ class GPT(nn.Module):
         if end > self.block_size:
             raise ValueError(
                 f"got {end} tokens in a row, but block_size is {self.block_size}; shorten it")
-        pos = torch.arange(past, end, device=idx.device)  # (T,)
+        pos = torch.arange(past, end, device=idx.device).unsqueeze(0)  # (1, T)
         parts = self.transformer
-        x = parts.drop(parts.wte(idx) + parts.wpe(pos))  # (B, T, C) + (T, C)
+        x = parts.drop(parts.wte(idx) + parts.wpe(pos))  # (B, T, C) + (1, T, C)
         for i, block in enumerate(parts.h):
             x = block(x) if cache is None else block(x, cache=cache[i])
         return parts.ln_f(x)
@@ -335,7 +341,9 @@ class GPT(nn.Module):
             embeddings.add(self.lm_head.weight)
         decayed = dict.fromkeys(p for p in matrices(nn.Linear) if p not in embeddings)
         others = [p for p in self.parameters() if p not in decayed]
-        groups: list[dict] = [{"params": list(decayed)}, {"params": others, "weight_decay": 0.0}]
+        # The groups alone say it: one that is added later has torch's default.
+        groups: list[dict] = [{"params": list(decayed), "weight_decay": train_config.weight_decay},
+                              {"params": others, "weight_decay": 0.0}]
         name = getattr(train_config, "optimizer", "adamw")
         if name not in ("adamw", "muon"):
             raise ValueError(f"got optimizer={name!r}, expected 'adamw' or 'muon'")
@@ -345,7 +353,7 @@ class GPT(nn.Module):
             stacked = {p for name, p in self.named_parameters() if name.endswith("c_attn.weight")}
             return join_muon(groups, in_blocks, stacked, train_config)
         return torch.optim.AdamW(groups, lr=train_config.learning_rate, betas=train_config.betas,
-                                 weight_decay=train_config.weight_decay, fused=True)
+                                 fused=True)
 
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
                  do_sample: bool = False, top_k: int | None = None, top_p: float | None = None,
@@ -400,8 +408,10 @@ PRESETS = {  # model_type: n_layer, n_head, n_embd
     "gpt-nano": (3, 3, 48),
 }
 RULES = (  # names of settings, test of a value, what is expected
-    ("n_layer n_head n_embd vocab_size block_size", lambda v: type(v) is int and v > 0,
-     "a whole number above 0 (a model_type sets n_layer, n_head and n_embd)"),
+    ("n_layer", lambda v: type(v) is int and v >= 0,
+     "a whole number, 0 or more (a model_type sets it)"),
+    ("n_head n_embd vocab_size block_size", lambda v: type(v) is int and v > 0,
+     "a whole number above 0 (a model_type sets n_head and n_embd)"),
     ("embd_pdrop resid_pdrop attn_pdrop", lambda v: 0 <= v <= 1 and v is not True,
      "a share from 0 to 1"),
 )
@@ -413,7 +423,8 @@ def complete_config(config: CN, complete: CN) -> CN:
     Raises ValueError for a setting that is missing, wrong or contradicts the model_type.
     """
     known = list(vars(complete))
-    for name in [*known, *vars(config)]:
+    # A named tuple, for one, has no __dict__.
+    for name in [*known, *getattr(config, "__dict__", {})]:
         if hasattr(config, name) and not name.startswith("_"):
             setattr(complete, name, getattr(config, name))
     fill_in(complete, {}, known, "GPT")
@@ -431,11 +442,15 @@ def complete_config(config: CN, complete: CN) -> CN:
 
 
 def _adapt_state_dict(model: GPT, state: dict, prefix: str, *args) -> None:
-    """Lets weights load with or without a head of their own, and with minGPT's masks."""
+    """Lets weights load with or without a head of their own, and minGPT's masks."""
     own = model.state_dict(prefix=prefix)
     for key in list(state):
         if key.endswith((".attn.bias", ".attn.masked_bias")) and key not in own:
             del state[key]
+    # An attention of one's own may have a mask like minGPT's, which is no weight.
+    for name, mask in model.named_buffers(prefix.removesuffix(".")):
+        if name.endswith(".attn.bias") and name in own:
+            state.setdefault(name, mask)
     name = prefix + "lm_head.weight"
     wte = state.get(prefix + "transformer.wte.weight")
     if wte is None or name not in own or own[name].shape != wte.shape:

@@ -224,7 +224,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         # A whole model may compute a loss of its own.
         forward = "features" if module is model else "forward"
         for field in (forward, "attend", "compute_qkv", "mlpf", "eps", "n_head", "approximate"):
-            value = vars(module).get(field, getattr(type(module), field, None))
+            value = getattr(module, field, None)
             # Methods of two modules are the same if their function is.
             parts[f"{name}.{field}"] = getattr(value, "__func__", value)
         mask = getattr(module, "_mask", None)

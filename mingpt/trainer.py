@@ -62,7 +62,8 @@ class Trainer:
 
         Raises ValueError for a setting that does not fit.
         """
-        defaults = vars(self.get_default_config())
+        # A subclass may have defaults of its own, but not all of these.
+        defaults = vars(Trainer.get_default_config()) | vars(self.get_default_config())
         fill_in(config, defaults, [*defaults, *RUN_FIELDS], "Trainer")
         foreign = [name for name in RUN_FIELDS if hasattr(config, name) and name not in defaults]
         if foreign:
@@ -96,7 +97,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.dtype == torch.float16)
         self.steps_done = 0
         self.iter_num = 0  # steps done; in on_batch_end the number of the step, from 0
-        self.iter_time = 0.0  # when the last step ended, in seconds
+        self.iter_time = 0.0  # when the last step ended, as time.time() tells
         self.iter_dt = 0.0  # seconds that the last step took
         self.loss = torch.zeros(())  # mean loss of the last step
         self.grad_norm = torch.zeros(())  # length of its gradient before clipping
@@ -133,8 +134,8 @@ class Trainer:
                     if self.iter_num >= self.step_limit():
                         self.stop()
                     self.iter_num = self.steps_done
-                    self.iter_time = time.perf_counter()
-                    self.iter_dt = self.iter_time - start
+                    self.iter_dt = time.perf_counter() - start
+                    self.iter_time = time.time()
                     self.after_step()
         except KeyboardInterrupt:
             self.goes_on = True
@@ -163,6 +164,7 @@ class Trainer:
                 # Dropout differs between processes.
                 torch.manual_seed(self.seed + self.rank)
         self.iter_num = self.steps_done
+        self.iter_time = time.time()
         self.goes_on = False
         self.is_stopping = False
         self.model.train()
@@ -187,8 +189,9 @@ class Trainer:
         else:
             raise ValueError(f"got optimizer={config.optimizer!r} for a model without "
                              "configure_optimizers, expected 'adamw'")
-        # A schedule multiplies the rate that each group starts with.
-        for group in optimizer.param_groups:
+        # A schedule multiplies the rate that each group starts with. An object around an
+        # optimizer, with a step of its own, may have no groups.
+        for group in getattr(optimizer, "param_groups", []):
             group.setdefault("initial_lr", group["lr"])
         return optimizer
 
@@ -282,7 +285,8 @@ class Trainer:
             # An inherited count_targets does not know the loss of a new forward.
             if "forward" in vars(cls):
                 break
-        return y.numel()
+        # A loss of x alone has an empty y.
+        return max(1, y.numel())
 
     def decay_end(self) -> float:
         """Returns the step at which the learning rate reaches min_lr."""
@@ -306,9 +310,9 @@ class Trainer:
 
     def set_rates(self) -> None:
         """Sets the learning rates of this step. Without a schedule they are left alone."""
-        self.has_schedule = is_scheduled(vars(self.config))
+        self.has_schedule = is_scheduled(vars(self.config), self.steps_done)
         if self.has_schedule:
-            for group in self.optimizer.param_groups:
+            for group in getattr(self.optimizer, "param_groups", []):
                 # A callback may have brought this group.
                 rate = group.setdefault("initial_lr", group["lr"])
                 group["lr"] = rate * self.schedule(self.steps_done)
@@ -317,15 +321,16 @@ class Trainer:
         """Does what comes after each step: here nothing, in Run a lot."""
 
 
-def is_scheduled(settings: dict) -> bool:
-    """Tells whether the trainer sets the learning rates: a warm-up is a schedule, too."""
-    return settings["schedule"] != "constant" or settings["warmup_iters"] > 0
+def is_scheduled(settings: dict, step: int) -> bool:
+    """Tells whether the trainer sets the rates: under a schedule, in a warm-up and once after."""
+    warmup = settings["warmup_iters"]
+    return settings["schedule"] != "constant" or (warmup > 0 and step < warmup + 1)
 
 
 def carry_over(before: Any, optimizer: Any, keeps_rates: bool) -> None:
     """Gives a new optimizer the state of an earlier one, parameter by parameter."""
     # An optimizer of another kind has a state of its own.
-    if type(before) is not type(optimizer):
+    if type(before) is not type(optimizer) or not hasattr(optimizer, "state"):
         return
     parameters = {p for group in optimizer.param_groups for p in group["params"]}
     optimizer.state.update({p: state for p, state in before.state.items() if p in parameters})

@@ -43,6 +43,9 @@ class CfgNode(SimpleNamespace):
         n_layer: 3
     """
 
+    # Programs put configurations into sets and caches, each as a thing of its own.
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
     def __str__(self) -> str:
         lines = []
         for name, value in vars(self).items():
@@ -132,11 +135,13 @@ def _parse(name: str, text: str, default):
         # A path, the name of a device, a word.
         value = text
 
-    # An integer may be written as 1e3, a float as 1, a tuple as a list.
+    # An integer may be written as 1e3, a float as 1, yes as 1, a tuple as a list.
     if isinstance(value, float) and value.is_integer() and not isinstance(default, float):
         value = int(value)
     if type(value) is int and isinstance(default, float):
         value = float(text)
+    if isinstance(default, bool) and value in (0, 1):
+        value = bool(value)
     if isinstance(value, list) and isinstance(default, tuple):
         value = tuple(value)
     if default is not None and type(value) is not type(default):

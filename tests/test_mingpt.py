@@ -6,8 +6,10 @@ Programs as people write them for minGPT: they run, with minGPT's meaning.
 
 import contextlib
 import copy
+import dataclasses
 import math
 import unittest
+from collections import namedtuple
 from types import SimpleNamespace
 from unittest import mock
 
@@ -122,6 +124,34 @@ class Scripts(unittest.TestCase):
             self.assertEqual(kind(parts)(torch.randn(2, 5, 16)).shape, (2, 5, 16))
 
 
+    def test_a_config_that_nobody_can_write_to(self):
+        fields = vars(tiny_config())
+        frozen = dataclasses.make_dataclass("Frozen", fields, frozen=True)
+        for config in (frozen(**fields), namedtuple("Row", fields)(**fields)):
+            self.assertEqual(vars(GPT(config).config), fields)
+
+    def test_a_subclass_may_have_minGPTs_defaults_and_its_own(self):
+        class Mine(GPT):
+            @staticmethod
+            def get_default_config():
+                return CfgNode(model_type="gpt-nano", n_layer=None, n_head=None, n_embd=None,
+                               vocab_size=11, block_size=8, embd_pdrop=0.1, resid_pdrop=0.1,
+                               attn_pdrop=0.1, rank=4)
+
+        class MyTrainer(Trainer):
+            @staticmethod
+            def get_default_config():
+                return CfgNode(device="cpu", num_workers=0, max_iters=2, batch_size=4,
+                               learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.1,
+                               grad_norm_clip=1.0, patience=3)
+
+        model = Mine(Mine.get_default_config())
+        trainer = MyTrainer(MyTrainer.get_default_config(), model, Pairs())
+        trainer.run()
+        self.assertEqual((model.config.rank, trainer.config.patience), (4, 3))
+        self.assertEqual(trainer.iter_num, 2)
+
+
 class Weights(WithModel):
     def test_fresh_ones_equal_minGPTs_bit_for_bit(self):
         V, T, C, n_layer = 11, 8, 16, 2
@@ -175,6 +205,22 @@ class Weights(WithModel):
                 model.transformer.h[0].attn.bias
             model.load_state_dict(state)
             torch.testing.assert_close(model(self.idx)[0], self.model(self.idx)[0])
+
+    def test_an_attention_with_minGPTs_mask_takes_the_weights_of_one_without(self):
+        class Masked(nn.Module):
+            def __init__(self, config):
+                super().__init__()
+                self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+                self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+                self.register_buffer("bias", torch.ones(1, 1, 8, 8))
+
+        model = tiny_gpt()
+        for block in model.transformer.h:
+            block.attn = Masked(tiny_config())
+        model.load_state_dict(self.model.state_dict())
+        theirs, ours = (m.transformer.h[1].attn.c_attn.weight for m in (model, self.model))
+        torch.testing.assert_close(theirs, ours.float())
+        self.assertTrue(model.transformer.h[1].attn.bias.all())
 
     def test_a_larger_vocabulary_in_a_finished_model(self):
         layers = tiny_gpt()
@@ -232,6 +278,16 @@ class Subclasses(WithModel):
         self.assertEqual(model.generate(torch.tensor([[1, 2]]), 3).shape, (1, 5))
         model.configure_optimizers(Trainer.get_default_config())
 
+    def test_a_module_for_positions_gets_a_row_of_them(self):
+        class Sines(nn.Module):
+            def forward(self, pos):
+                B, T = pos.shape
+                return torch.sin(pos.view(B, T, 1) / 2.0 ** torch.arange(16))
+
+        self.model.transformer.wpe = Sines()
+        self.assertEqual(self.model(self.idx)[0].shape, (1, 8, 11))
+        self.check_generation(self.model)
+
     def test_a_loss_of_ones_own_counts_its_own_targets(self):
         class OwnLoss(GPT):
             def forward(self, idx, targets=None, cache=None):
@@ -244,6 +300,16 @@ class Subclasses(WithModel):
         before = model.lm_head.weight.detach().clone()
         make_trainer(model, TensorDataset(x, -torch.ones(8)), max_iters=1).run()
         self.assertFalse(torch.equal(model.lm_head.weight, before))
+
+    def test_a_loss_without_targets_learns(self):
+        class Reconstruction(nn.Linear):
+            def forward(self, x, y):
+                return None, F.mse_loss(super().forward(x), x)
+
+        model = Reconstruction(3, 3)
+        before = model.weight.detach().clone()
+        make_trainer(model, TensorDataset(torch.randn(8, 3), torch.empty(8, 0)), max_iters=1).run()
+        self.assertFalse(torch.equal(model.weight, before))
 
     def test_a_dataset_that_changes_its_examples(self):
         class NoTargets(TokenDataset):
@@ -325,9 +391,12 @@ class Blocks(WithModel):
                 model.get_submodule(place).__class__ = Called
                 self.check_generation(model)
 
-    def test_without_any_it_writes(self):
+    def test_without_any_it_trains_and_writes(self):
+        model = GPT(tiny_config(n_layer=0))
+        make_trainer(model, max_iters=2).run()
         self.model.transformer.h = nn.ModuleList()
-        self.check_generation(self.model)
+        for without in (model, self.model):
+            self.check_generation(without)
 
     def test_a_formula_of_ones_own_counts(self):
         def add_up(q, k, v):
@@ -445,6 +514,21 @@ class Masks(WithModel):
             block.attn.bias = torch.ones(1, 1, 8, 8)
         self.model.transformer.h = nn.ModuleList(map(Wrapped, self.model.transformer.h))
         self.check_generation(self.model)
+
+    def test_it_can_be_deleted(self):
+        class Own(CausalSelfAttention):
+            def __init__(self, config):
+                super().__init__(config)
+                del self.bias
+                self.register_buffer("bias", torch.ones(1, 1, 8, 8))
+
+        before = self.model(self.idx)[0]
+        for block in self.model.transformer.h:
+            del block.attn.bias
+        torch.testing.assert_close(self.model(self.idx)[0], before)
+        for block in self.model.transformer.h:
+            block.attn = Own(tiny_config()).double().eval()
+        self.assertTrue(self.sees_ahead(self.model))
 
     def test_a_buffer_with_the_name_mask(self):
         expected = self.model(self.idx)[0]
@@ -610,6 +694,14 @@ class OwnLoop(unittest.TestCase):
             losses.append(loss.item())
         self.assertLess(losses[-1], 0.7 * losses[0])
 
+    def test_a_group_that_is_added_decays_by_torchs_default(self):
+        optimizer = GPT(tiny_config()).configure_optimizers(Trainer.get_default_config())
+        parameter = nn.Parameter(torch.ones(3))
+        optimizer.add_param_group({"params": [parameter]})
+        expected = torch.optim.AdamW([parameter]).defaults["weight_decay"]
+        self.assertEqual([group["weight_decay"] for group in optimizer.param_groups],
+                         [0.1, 0.0, expected])
+
     def test_in_a_subclass_of_the_trainer_without_a_dataset(self):
         class Mine(Trainer):
             def run(self):
@@ -642,6 +734,13 @@ class Callbacks(unittest.TestCase):
         self.assertEqual(calls, [0, "mine", 1, "mine"])
         trainer.trigger_callbacks("on_nothing")
 
+    def test_they_see_when_the_last_step_ended(self):
+        trainer = make_trainer(max_iters=2)
+        seen = record(trainer, lambda trainer: trainer.iter_time)
+        with mock.patch("time.time", lambda: 1e9):
+            trainer.run()
+        self.assertEqual([*seen, trainer.iter_time], [1e9] * 3)
+
     def test_they_may_set_iter_num_to_end_the_run(self):
         trainer = make_trainer(max_iters=100)
         trainer.set_callback("on_batch_end", lambda trainer: setattr(trainer, "iter_num", 999))
@@ -666,6 +765,17 @@ class Rates(unittest.TestCase):
             trainer.run()
             self.assertEqual(used, [[0.01] * 2, [0.005] * 2, [0.0025] * 2, [0.00125] * 2])
 
+    def test_written_by_a_callback_after_the_warm_up(self):
+        def decay(trainer):
+            for group in trainer.optimizer.param_groups:
+                group["lr"] = 1 / 2 ** trainer.iter_num
+
+        trainer = make_trainer(learning_rate=1.0, warmup_iters=2)
+        used = record(trainer, lambda trainer: rates(trainer)[0])
+        trainer.add_callback("on_batch_end", decay)
+        trainer.run()
+        self.assertEqual(used, [0.5, 1.0, 1.0, 0.25])
+
     def test_set_by_a_scheduler_of_torch(self):
         def start(trainer):
             if trainer.iter_num == 0:
@@ -684,6 +794,29 @@ class Rates(unittest.TestCase):
                     with contextlib.suppress(KeyboardInterrupt):
                         trainer.run()
                 self.assertEqual(used, [1e-2, 5e-3, 2.5e-3, 1.25e-3])
+
+    def test_set_by_an_object_around_an_optimizer(self):
+        class Noam:
+            def __init__(self, optimizer):
+                self.optimizer = optimizer
+                self.steps = 0
+
+            def step(self):
+                self.steps += 1
+                for group in self.optimizer.param_groups:
+                    group["lr"] = 1e-3 * self.steps
+                self.optimizer.step()
+
+        class Mine(GPT):
+            def configure_optimizers(self, train_config):
+                return Noam(super().configure_optimizers(train_config))
+
+        trainer = make_trainer(Mine(tiny_config()))
+        at_step(trainer, 1, mock.Mock(side_effect=KeyboardInterrupt))
+        with self.assertRaises(KeyboardInterrupt):
+            trainer.run()
+        trainer.run()
+        self.assertEqual((trainer.iter_num, trainer.optimizer.steps), (4, 2))
 
     def test_groups_of_ones_own_and_of_a_callback_keep_their_rates_under_a_schedule(self):
         class Mine(GPT):

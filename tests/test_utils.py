@@ -56,7 +56,8 @@ class Configuration(unittest.TestCase):
             ("--seed=-2", -2), ("--seed=1e3", 1000), ("--name=7", "7"), ("--name=None", None),
             ("--name=", ""), ('--name="a"', '"a"'), ("--path=./out", "./out"), ("--path=3", 3),
             ("--path=a=b", "a=b"), ("--fast=true", True), ("--fast=FALSE", False),
-            ("--data.rate=1", 1.0), ("--data.rate=3e-4", 3e-4), ("--data.betas=[1,2]", (1, 2)),
+            ("--fast=1", True), ("--data.rate=1", 1.0), ("--data.rate=3e-4", 3e-4),
+            ("--data.betas=[1,2]", (1, 2)),
         ):
             name = arg.split("=")[0].removeprefix("--")
             # --name=value and --name value
@@ -73,7 +74,7 @@ class Configuration(unittest.TestCase):
             ("--n_head=3", "did you mean data.n_head\\?"), ("-seed=3", "no setting -seed"),
             ("--lr=3", "no setting --lr"), ("--data=3", "no setting --data"),
             ("--name", "--name without a value"), ("--seed=x", "--seed takes .* type int"),
-            ("--seed=1.5", "type int"), ("--seed=None", "type int"), ("--fast=1", "type bool"),
+            ("--seed=1.5", "type int"), ("--seed=None", "type int"), ("--fast=2", "type bool"),
             ("--data.rate=nan", "type float"), ("--seed=print(1)", "type int"),
         ):
             with self.subTest(arg):
@@ -98,6 +99,12 @@ class Configuration(unittest.TestCase):
         config = CfgNode(seed=1, data=CfgNode(steps=5, rate=0.1))
         config.merge_from_dict(dict(seed=3, new=4, data=dict(steps=6)))
         self.assertEqual(config.to_dict(), dict(seed=3, data=dict(steps=6, rate=0.1), new=4))
+
+    def test_a_configuration_may_be_a_key(self):
+        first = CfgNode(seed=1)
+        names = {first: "first", CfgNode(seed=2): "second"}
+        first.seed = 3
+        self.assertEqual(names[first], "first")
 
     def test_docstrings(self):
         self.assertEqual(doctest.testmod(utils).failed, 0)
