@@ -60,8 +60,7 @@ def write(model: Any, idx: Tensor, max_new_tokens: int, temperature: float, do_s
         room = min(idx.size(1) + max_new_tokens, model.block_size)
         cache = [KVCache(room) for _ in model.transformer.h]
     tokens = _write(model, idx, max_new_tokens, choose, stop_token, cache)
-    # Inference mode is faster. But a part of one's own may keep tensors for a later
-    # training, and attention that is not fused keeps its weights.
+    # Inference mode is faster, but its tensors cannot be learned from.
     if not is_known or any(map(keeps_tensors, model.modules())):
         return tokens, torch.no_grad
     return tokens, torch.inference_mode
@@ -185,32 +184,27 @@ def can_cache(model: Any) -> bool:
 
 
 def takes_part(module: nn.Module) -> bool:
-    """Tells whether a module is known to treat each token for itself, or takes a cache."""
-    if has_hooks(module) or type(module).__call__ is not nn.Module.__call__:
-        return False
+    """Tells whether a module surely treats each token for itself, or takes a cache."""
     # Attention by a mask of its own may look ahead.
-    if module._buffers.get("_mask") is not None:
+    if has_hooks(module) or module._buffers.get("_mask") is not None:
         return False
     return all(map(takes_cache, foreign_methods(module)))
 
 
 def keeps_tensors(module: nn.Module) -> bool:
-    """Tells whether a module may keep tensors of what it computes."""
+    """Tells whether a module may keep tensors: attention its weights, a part of one's own any."""
     return not vars(module).get("fused", True) or len(foreign_methods(module)) > 0
 
 
-def foreign_methods(module: nn.Module) -> list[Callable]:
+def foreign_methods(module: nn.Module) -> list:
     """Returns the methods of a module that compute, but for those of torch and this library."""
     if type(module) in TOKENWISE and "forward" not in vars(module):
         return []
     methods = []
-    for name in ("forward", "features", "mlpf", "attend", "compute_qkv"):
-        # To ask a module for a name that it lacks is slow.
-        if not hasattr(type(module), name) and name not in vars(module):
-            continue
-        method = getattr(module, name)
-        is_own = getattr(method, "__globals__", {}).get("__name__") == "mingpt.model"
-        if callable(method) and not is_own:
+    for name in ("__call__", "forward", "features", "mlpf", "attend", "compute_qkv"):
+        method = vars(module).get(name, getattr(type(module), name, None))
+        origin = getattr(method, "__globals__", {}).get("__name__")
+        if method is not None and origin not in ("mingpt.model", nn.Module.__module__):
             methods.append(method)
     return methods
 
