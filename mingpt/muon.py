@@ -26,9 +26,7 @@ def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
         # The products of the transposed matrix are smaller.
         return orthogonalize(matrix.T, steps).T
 
-    a = 3.4445
-    b = -4.7750
-    c = 2.0315
+    a, b, c = 3.4445, -4.7750, 2.0315
     # No singular value is larger than the norm.
     x = matrix / (matrix.norm() + 1e-7)
     for _ in range(steps):
