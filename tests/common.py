@@ -36,6 +36,8 @@ from mingpt.utils import run_script
 from numpy_gpt import compute_logits, openai_layout
 
 ROOT = Path(__file__).resolve().parent.parent
+# Tests import the scripts of the projects by their names.
+sys.path[:0] = [str(folder) for folder in (ROOT / "projects").iterdir() if folder.is_dir()]
 
 # Tiny models gain nothing from a second thread, and a fork loses all threads but one.
 torch.set_num_threads(1)

@@ -1,6 +1,5 @@
 """projects/adder: problems and their splits, scores, and the script that looks inside."""
 
-import sys
 import unittest
 from types import SimpleNamespace
 from unittest import mock
@@ -8,9 +7,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from common import ROOT, tiny_gpt
+from common import tiny_gpt
 
-sys.path.insert(0, str(ROOT / "projects" / "adder"))
 import adder
 import inside
 

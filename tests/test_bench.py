@@ -4,15 +4,13 @@ import contextlib
 import io
 import json
 import os
-import sys
 import unittest
 from unittest import mock
 
 import torch
 
-from common import ROOT, Folder, run_here, tiny_gpt
+from common import Folder, run_here, tiny_gpt
 
-sys.path.insert(0, str(ROOT / "projects" / "bench"))
 import bench
 from mingpt.model import NewGELU
 from peers import PEERS

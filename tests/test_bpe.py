@@ -7,7 +7,6 @@ import pickle
 import random
 import shutil
 import string
-import sys
 import unicodedata
 import unittest
 from unittest import mock
@@ -23,11 +22,10 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import models, pre_tokenizers, trainers
 
-from common import ROOT, Folder, Server, get_encoder, run_python, vocabulary_folder
+from common import Folder, Server, get_encoder, run_python, vocabulary_folder
 from mingpt import bpe
 from mingpt.bpe import BPETokenizer, Encoder
 
-sys.path.insert(0, str(ROOT / "projects" / "bpe"))
 import train_bpe
 
 EOT = "<|endoftext|>"

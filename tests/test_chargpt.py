@@ -6,17 +6,15 @@ import itertools
 import math
 import os
 import re
-import sys
 import unittest
 import zipfile
 from unittest import mock
 
 import numpy as np
 
-from common import ROOT, Server, WorkingFolder, run_here
+from common import Server, WorkingFolder, run_here
 from mingpt.checkpoint import read_checkpoint
 
-sys.path.insert(0, str(ROOT / "projects" / "chargpt"))
 import chargpt
 
 TINY = ("--data.path=in.txt", "--data.block_size=8", "--model.n_layer=1", "--model.n_head=1",

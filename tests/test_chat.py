@@ -12,7 +12,6 @@ from common import ROOT, WorkingFolder, run_here, tiny_gpt
 from mingpt.pretrained import save_encoder
 
 CHAT = ROOT / "projects" / "chat"
-sys.path.insert(0, str(CHAT))
 import chat
 import sums
 

@@ -3,15 +3,13 @@
 import json
 import math
 import re
-import sys
 
 import torch
 
-from common import ROOT, WorkingFolder, byte_encoder, run_forked, run_here, tiny_gpt
+from common import WorkingFolder, byte_encoder, run_forked, run_here, tiny_gpt
 from mingpt.model import GPT
 from mingpt.pretrained import load_encoder, save_encoder
 
-sys.path.insert(0, str(ROOT / "projects" / "finetune"))
 import finetune
 
 TEXT = "".join(f"Größe {i}, a line of text to learn from.\n" for i in range(200))

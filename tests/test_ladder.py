@@ -2,17 +2,15 @@
 
 import itertools
 import json
-import sys
 import unittest
 
 import numpy as np
 import torch
 
-from common import ROOT, Folder, tiny_config
+from common import Folder, tiny_config
 from mingpt.generation import can_cache
 from mingpt.model import GPT
 
-sys.path.insert(0, str(ROOT / "projects" / "ladder"))
 import ladder
 import modern
 import report

@@ -8,9 +8,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from common import ROOT, run_here, tiny_gpt
+from common import run_here, tiny_gpt
 
-sys.path.insert(0, str(ROOT / "projects" / "pixels"))
 import pixels
 
 

@@ -1,6 +1,5 @@
 """projects/reinforce: the gradient against its formula, and what rewards can and cannot teach."""
 
-import sys
 import tempfile
 import unittest
 from unittest import mock
@@ -9,9 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
-from common import ROOT, run_here, tiny_gpt
+from common import run_here, tiny_gpt
 
-sys.path.insert(0, str(ROOT / "projects" / "reinforce"))
 import reinforce
 from reinforce import Reinforce, adder
 
