@@ -257,7 +257,7 @@ class Run(Trainer):
         checkpoint.load_model_state(self.model, saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         self.optimizer = optimizer
-        self.has_schedule = is_scheduled(saved["config"], done - 1)
+        self.has_schedule = is_scheduled(saved["config"], done)
         # It is empty unless the precision was float16.
         if saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])

@@ -101,7 +101,7 @@ class Trainer:
         self.iter_dt = 0.0  # seconds that the last step took
         self.loss = torch.zeros(())  # mean loss of the last step
         self.grad_norm = torch.zeros(())  # length of its gradient before clipping
-        self.has_schedule = False  # whether a schedule has set the rates of the last step
+        self.has_schedule = False  # whether a schedule is to set the rates of the next step
         self.seed = int(config.seed or 0)  # of the examples of this run
         self.runs_done = 0
         self.is_stopping = False
@@ -298,7 +298,8 @@ class Trainer:
         config = self.config
         warmup = config.warmup_iters
         if step < warmup:
-            return (step + 1) / warmup
+            # A warm-up may end between two steps.
+            return min(1.0, (step + 1) / warmup)
         if config.schedule == "constant":
             return 1.0
         share = min(1.0, (step - warmup) / max(1, self.decay_end() - warmup))
@@ -310,8 +311,9 @@ class Trainer:
 
     def set_rates(self) -> None:
         """Sets the learning rates of this step. Without a schedule they are left alone."""
-        self.has_schedule = is_scheduled(vars(self.config), self.steps_done)
-        if self.has_schedule:
+        settings = vars(self.config)
+        self.has_schedule = is_scheduled(settings, self.steps_done + 1)
+        if is_scheduled(settings, self.steps_done):
             for group in getattr(self.optimizer, "param_groups", []):
                 # A callback may have brought this group.
                 rate = group.setdefault("initial_lr", group["lr"])
@@ -322,9 +324,8 @@ class Trainer:
 
 
 def is_scheduled(settings: dict, step: int) -> bool:
-    """Tells whether the trainer sets the rates: under a schedule, in a warm-up and once after."""
-    warmup = settings["warmup_iters"]
-    return settings["schedule"] != "constant" or (warmup > 0 and step < warmup + 1)
+    """Tells whether the trainer sets the rates of a step: under a schedule and in a warm-up."""
+    return settings["schedule"] != "constant" or step < settings["warmup_iters"]
 
 
 def carry_over(before: Any, optimizer: Any, keeps_rates: bool) -> None:

@@ -774,7 +774,21 @@ class Rates(unittest.TestCase):
         used = record(trainer, lambda trainer: rates(trainer)[0])
         trainer.add_callback("on_batch_end", decay)
         trainer.run()
-        self.assertEqual(used, [0.5, 1.0, 1.0, 0.25])
+        self.assertEqual(used, [0.5, 1.0, 0.5, 0.25])
+
+    def test_written_by_a_callback_in_the_last_step_of_the_warm_up_that_is_interrupted(self):
+        def halve(trainer):
+            for group in trainer.optimizer.param_groups:
+                group["lr"] *= 0.5
+            raise KeyboardInterrupt
+
+        trainer = make_trainer(learning_rate=1.0, warmup_iters=2)
+        used = record(trainer, lambda trainer: rates(trainer)[0])
+        at_step(trainer, 1, halve)
+        with self.assertRaises(KeyboardInterrupt):
+            trainer.run()
+        trainer.run()
+        self.assertEqual(used, [0.5, 1.0, 0.5, 0.5])
 
     def test_set_by_a_scheduler_of_torch(self):
         def start(trainer):

@@ -241,6 +241,7 @@ class Rates(unittest.TestCase):
         for settings, expected in (
             (dict(max_iters=3), [1.0] * 3),
             (dict(max_iters=6, warmup_iters=4), [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]),
+            (dict(warmup_iters=2.5), [0.4, 0.8, 1.0, 1.0]),
             (dict(schedule="linear"), [1.0, 0.75, 0.5, 0.25]),
             (dict(max_iters=8, schedule="cosine", warmup_iters=2, lr_decay_iters=6, min_lr=0.1),
              [0.5, 1.0, 1.0, 0.1 + 0.9 * (0.5 + half), 0.55, 0.1 + 0.9 * (0.5 - half), 0.1, 0.1]),
