@@ -185,8 +185,9 @@ def can_cache(model: Any) -> bool:
 
 def takes_part(module: nn.Module) -> bool:
     """Tells whether a module surely treats each token for itself, or takes a cache."""
-    # Attention by a mask of its own may look ahead.
-    if has_hooks(module) or module._buffers.get("_mask") is not None:
+    # Attention by a mask of its own may look ahead. The buffers of a scripted module
+    # have no method get.
+    if has_hooks(module) or dict(module._buffers).get("_mask") is not None:
         return False
     return all(map(takes_cache, foreign_methods(module)))
 

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import math
 import unittest
+import warnings
 from collections import namedtuple
 from types import SimpleNamespace
 from unittest import mock
@@ -363,6 +364,18 @@ class Blocks(WithModel):
                 make_trainer(model, max_iters=2).run()
                 self.assertTrue(all(p.grad.any() for p in part.parameters()))
                 self.check_generation(model.eval())
+
+    def test_a_scripted_part_writes(self):
+        mlp = self.model.transformer.h[0].mlp
+        plain = nn.Sequential(mlp.c_fc, nn.ReLU(), mlp.c_proj)
+        model = copy.deepcopy(self.model)
+        expected = copy.deepcopy(self.model)
+        with warnings.catch_warnings():
+            # torch advises its newer compiler.
+            warnings.simplefilter("ignore")
+            model.transformer.h[0].mlp = torch.jit.script(copy.deepcopy(plain))
+        expected.transformer.h[0].mlp = plain
+        self.assertEqual(greedy(model), greedy(expected))
 
     def test_the_name_mlpf_may_be_given_to_another_part(self):
         part = nn.Linear(16, 16).double()
