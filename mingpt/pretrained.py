@@ -295,9 +295,9 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> None:
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [" ".join(pair) for pair in encoder.bpe_ranks]
-    # <|endoftext|> is in the vocabulary, as a rule.
+    # Everybody knows <|endoftext|>, if it is in the vocabulary.
     added = {token: number for token, number in encoder.special_tokens.items()
-             if encoder.encoder.get(token) != number}
+             if token != "<|endoftext|>" or encoder.encoder.get(token) != number}
     for name, text in (
         ("vocab.json", json.dumps(encoder.encoder)),
         ("merges.txt", "\n".join(["#version: 0.2", *pairs]) + "\n"),

@@ -404,6 +404,10 @@ class Vocabularies(Seeded):
         self.assertEqual(encoder.eot_token, 258)
         save_encoder(byte_encoder(), self.folder)
         self.assertEqual(list(load_encoder(self.folder, 259).special_tokens), ["<|endoftext|>"])
+        # An added token may stand in the vocabulary as well.
+        save_encoder(byte_encoder({"lin": 257}), self.folder)
+        encoder = load_encoder(self.folder, 259)
+        self.assertEqual(encoder.special_tokens, {"<|endoftext|>": 258, "lin": 257})
 
     def test_openais_vocabulary_is_for_models_of_its_size_without_another(self):
         self.assertEqual(load_encoder(self.folder, 50257).encoder, get_encoder().encoder)
