@@ -144,7 +144,7 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
     for a model with a part that GPT-2 lacks, since no such folder can hold it.
     """
     _check_parts(model)
-    activation = model.transformer.h[0].mlp.act
+    activation = _activation(model)
     is_exact = isinstance(activation, nn.GELU) and activation.approximate == "none"
     config = {
         "architectures": ["GPT2LMHeadModel"],
@@ -188,6 +188,11 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
                 path.unlink()
 
 
+def _activation(model: Any) -> nn.Module | None:
+    """Returns the first block's activation; a model may have no block, or other blocks."""
+    return dict(model.named_modules()).get("transformer.h.0.mlp.act")
+
+
 def _check_parts(model: Any) -> None:
     """Raises ValueError, with its name, for a part of a model that GPT-2 does not have."""
     # The model may be of a subclass; GPT is the last of its classes with this method.
@@ -201,7 +206,7 @@ def _check_parts(model: Any) -> None:
     finally:
         logger.disabled = was_disabled
 
-    activation = dict(model.named_modules()).get("transformer.h.0.mlp.act")
+    activation = _activation(model)
     if isinstance(activation, nn.GELU):
         for block in gpt2.transformer.h:
             block.mlp.act = nn.GELU(activation.approximate)
