@@ -181,7 +181,8 @@ class Run(Trainer):
         """Logs a line for people and a row for metrics.jsonl."""
         self._check_finite()
         loss = processes.sum_over_processes(float(self.loss)) / self.world_size
-        lr = self.optimizer.param_groups[0]["lr"]
+        # An object around an optimizer may have no groups.
+        lr = getattr(self.optimizer, "param_groups", [{"lr": math.nan}])[0]["lr"]
         steps, elapsed = self._last_report
         self._last_report = (self.steps_done, self.elapsed)
         # A coarse clock may not have moved.
@@ -226,6 +227,10 @@ class Run(Trainer):
             checkpoint.save_checkpoint(path, self._content(states))
 
     def _content(self, random_states: list) -> dict:
+        # A resumed run carries the state over.
+        if not hasattr(self.optimizer, "state"):
+            raise ValueError(f"got a {type(self.optimizer).__name__} as the optimizer, which a "
+                             "checkpoint cannot hold; expected one with state and param_groups")
         return {
             "model": checkpoint.model_state(self.model),
             "model_config": checkpoint.plain_settings(getattr(self.model, "config", {})),
