@@ -15,6 +15,7 @@ The network is GPT-2's: Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", section 2.3.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -257,10 +258,11 @@ class GPT(nn.Module):
             self.tie_weights()
         self.register_load_state_dict_pre_hook(_adapt_state_dict)
 
-        # Nothing has failed, so the caller's config may change.
+        # Nothing has failed, so the caller's config may change, if it can be written to.
         for name in ("n_layer", "n_head", "n_embd"):
             if getattr(config, name, None) is None:
-                setattr(config, name, getattr(c, name))
+                with contextlib.suppress(AttributeError):
+                    setattr(config, name, getattr(c, name))
         count = sum(p.numel() for p in self.transformer.parameters())
         logger.info("number of parameters: %.2fM", count / 1e6)
 

@@ -130,6 +130,8 @@ class Scripts(unittest.TestCase):
         frozen = dataclasses.make_dataclass("Frozen", fields, frozen=True)
         for config in (frozen(**fields), namedtuple("Row", fields)(**fields)):
             self.assertEqual(vars(GPT(config).config), fields)
+        preset = namedtuple("Preset", "model_type vocab_size block_size")("gpt-nano", 11, 8)
+        self.assertEqual(GPT(preset).config.n_layer, 3)
 
     def test_a_subclass_may_have_minGPTs_defaults_and_its_own(self):
         class Mine(GPT):
