@@ -103,7 +103,9 @@ class CfgNode(SimpleNamespace):
         for word in words:
             option, equals, text = word.partition("=")
             name = option.removeprefix("--")
-            if not option.startswith("--") or name not in fields:
+            if name == option:
+                raise ValueError(f"got {word}, expected --name=value (--help lists all names)")
+            if name not in fields:
                 raise ValueError(f"there is no setting {option}{_suggest(name, fields)} "
                                  "(--help lists them all)")
             if not equals:

@@ -71,7 +71,8 @@ class Configuration(unittest.TestCase):
     def test_a_mistake_is_named_and_changes_nothing(self):
         for arg, message in (
             ("--data.n_heads=3", "no setting --data.n_heads; did you mean data.n_head\\?"),
-            ("--n_head=3", "did you mean data.n_head\\?"), ("-seed=3", "no setting -seed"),
+            ("--n_head=3", "did you mean data.n_head\\?"), ("-seed=3", "got -seed=3, expected --"),
+            ("data.n_head=3", "got data.n_head=3, expected --name=value"),
             ("--lr=3", "no setting --lr"), ("--data=3", "no setting --data"),
             ("--name", "--name without a value"), ("--seed=x", "--seed takes .* type int"),
             ("--seed=1.5", "type int"), ("--seed=None", "type int"), ("--fast=2", "type bool"),
