@@ -26,7 +26,7 @@ from torch import nn
 
 from mingpt import checkpoint, processes
 from mingpt.data import count_examples, load_batches
-from mingpt.trainer import Trainer, is_scheduled
+from mingpt.trainer import Trainer, groups_of, is_scheduled
 from mingpt.utils import CN, check_config, eval_mode, logger, naming_file, progress
 
 
@@ -181,8 +181,8 @@ class Run(Trainer):
         """Logs a line for people and a row for metrics.jsonl."""
         self._check_finite()
         loss = processes.sum_over_processes(float(self.loss)) / self.world_size
-        # An object around an optimizer may have no groups.
-        lr = getattr(self.optimizer, "param_groups", [{"lr": math.nan}])[0]["lr"]
+        groups = groups_of(self.optimizer)
+        lr = groups[0]["lr"] if groups else math.nan
         steps, elapsed = self._last_report
         self._last_report = (self.steps_done, self.elapsed)
         # A coarse clock may not have moved.

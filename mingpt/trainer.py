@@ -120,7 +120,10 @@ class Trainer:
             callback(self)
 
     def run(self) -> None:
-        """Trains for max_iters steps. A run that Ctrl-C interrupted goes on where it was."""
+        """Trains for max_iters steps. A run that Ctrl-C interrupted goes on where it was.
+
+        Raises ValueError for a dataset without examples.
+        """
         self.begin()
         network = self.make_network()
         try:
@@ -189,9 +192,8 @@ class Trainer:
         else:
             raise ValueError(f"got optimizer={config.optimizer!r} for a model without "
                              "configure_optimizers, expected 'adamw'")
-        # A schedule multiplies the rate that each group starts with. An object around an
-        # optimizer, with a step of its own, may have no groups.
-        for group in getattr(optimizer, "param_groups", []):
+        # A schedule multiplies the rate that each group starts with.
+        for group in groups_of(optimizer):
             group.setdefault("initial_lr", group["lr"])
         return optimizer
 
@@ -314,13 +316,18 @@ class Trainer:
         settings = vars(self.config)
         self.has_schedule = is_scheduled(settings, self.steps_done + 1)
         if is_scheduled(settings, self.steps_done):
-            for group in getattr(self.optimizer, "param_groups", []):
+            for group in groups_of(self.optimizer):
                 # A callback may have brought this group.
                 rate = group.setdefault("initial_lr", group["lr"])
                 group["lr"] = rate * self.schedule(self.steps_done)
 
     def after_step(self) -> None:
         """Does what comes after each step: here nothing, in Run a lot."""
+
+
+def groups_of(optimizer: Any) -> list[dict]:
+    """Returns the groups of an optimizer; an object with only a step of its own has none."""
+    return getattr(optimizer, "param_groups", [])
 
 
 def is_scheduled(settings: dict, step: int) -> bool:
