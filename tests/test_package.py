@@ -85,8 +85,13 @@ class Distribution(Folder):
     def setup(self, *args) -> None:
         # setuptools writes into the folder of setup.py.
         copied = self.folder / "copy"
-        ignore = shutil.ignore_patterns(".git", "out", "build", "*.egg-info", "__pycache__")
-        shutil.copytree(ROOT, copied, ignore=ignore)
+        # Beside the project's folders an environment of some gigabytes may stand.
+        ignore = shutil.ignore_patterns("out", "__pycache__")
+        for name in ("mingpt", "projects", "tests"):
+            shutil.copytree(ROOT / name, copied / name, ignore=ignore)
+        for path in ROOT.iterdir():
+            if path.is_file():
+                shutil.copy(path, copied)
         run_python("setup.py", "-q", "egg_info", f"--egg-base={self.folder}", *args, cwd=copied)
 
     def test_a_source_distribution_has_all_that_its_tests_need(self):
