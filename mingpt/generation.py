@@ -54,16 +54,19 @@ def write(model: Any, idx: Tensor, max_new_tokens: int, temperature: float, do_s
     check_config(settings, (*RULES, ("stop_token", is_token, f"a token from 0 to {V - 1}")))
     choose = make_choice(temperature, do_sample, top_k, top_p)
 
-    is_known = can_cache(model)
+    foreign = foreign_methods(model)
+    is_known = can_cache(model, foreign)
     cache = None
     if use_cache and is_known:
         room = min(idx.size(1) + max_new_tokens, model.block_size)
         cache = [KVCache(room) for _ in model.transformer.h]
     tokens = _write(model, idx, max_new_tokens, choose, stop_token, cache)
-    # Inference mode is faster, but its tensors cannot be learned from.
-    if not is_known or any(map(keeps_tensors, model.modules())):
-        return tokens, torch.no_grad
-    return tokens, torch.inference_mode
+    # Inference mode is faster, but its tensors cannot be learned from. A part of one's
+    # own may keep tensors, attention with fused=False keeps its weights.
+    if is_known and not foreign:
+        if all(getattr(block, "attn", block).fused for block in model.transformer.h):
+            return tokens, torch.inference_mode
+    return tokens, torch.no_grad
 
 
 def _write(model: Any, idx: Tensor, max_new_tokens: int, choose: Callable,
@@ -153,6 +156,7 @@ class KVCache:
     def __init__(self, max_length: int):
         self.max_length = max_length
         self.length = 0
+        self.uses_kernel = False  # how attention read the prompt
         self.k: Tensor | None = None  # (B, nh, max_length, hs)
         self.v: Tensor | None = None  # (B, nh, max_length, hs)
 
@@ -168,10 +172,11 @@ class KVCache:
         return self.k.narrow(2, 0, self.length), self.v.narrow(2, 0, self.length)
 
 
-def can_cache(model: Any) -> bool:
+def can_cache(model: Any, foreign: list) -> bool:
     """Tells whether generation with the cache surely gives the same tokens as without.
 
-    A part of one's own takes part by an argument `cache=None` of its forward.
+    foreign: from foreign_methods(model). A part of one's own takes part by an argument
+    `cache=None` of its forward.
     """
     blocks = getattr(model.transformer, "h", None)
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
@@ -180,34 +185,25 @@ def can_cache(model: Any) -> bool:
         attention = getattr(block, "attn", block)
         if not takes_cache(block.forward) or not takes_cache(attention.forward):
             return False
-    return all(map(takes_part, model.modules()))
+    for module in model.modules():
+        # Attention by a mask of its own may look ahead. The buffers of a scripted
+        # module have no method get.
+        if has_hooks(module) or dict(module._buffers).get("_mask") is not None:
+            return False
+    return all(map(takes_cache, foreign))
 
 
-def takes_part(module: nn.Module) -> bool:
-    """Tells whether a module surely treats each token for itself, or takes a cache."""
-    # Attention by a mask of its own may look ahead. The buffers of a scripted module
-    # have no method get.
-    if has_hooks(module) or dict(module._buffers).get("_mask") is not None:
-        return False
-    return all(map(takes_cache, foreign_methods(module)))
-
-
-def keeps_tensors(module: nn.Module) -> bool:
-    """Tells whether a module may keep tensors: attention its weights, a part of one's own any."""
-    return not vars(module).get("fused", True) or len(foreign_methods(module)) > 0
-
-
-def foreign_methods(module: nn.Module) -> list:
-    """Returns the methods of a module that compute, but for those of torch and this library."""
-    if type(module) in TOKENWISE and "forward" not in vars(module):
-        return []
-    methods = []
-    for name in ("__call__", "forward", "features", "mlpf", "attend", "compute_qkv"):
-        method = vars(module).get(name, getattr(type(module), name, None))
-        origin = getattr(method, "__globals__", {}).get("__name__")
-        if method is not None and origin not in ("mingpt.model", nn.Module.__module__):
-            methods.append(method)
-    return methods
+def foreign_methods(model: nn.Module) -> list:
+    """Returns the methods that compute in a model, but for those of torch and this library."""
+    modules = list(model.modules())
+    names = ("__call__", "forward", "features", "mlpf", "attend", "compute_qkv")
+    # A program may replace a method of a class, or of a single module.
+    classes = {type(module) for module in modules} - TOKENWISE
+    methods = [getattr(cls, name, None) for cls in classes for name in names]
+    methods += [vars(module).get(name) for module in modules for name in names]
+    own = ("mingpt.model", nn.Module.__module__)
+    origin = lambda method: getattr(method, "__globals__", {}).get("__name__")
+    return [method for method in methods if method is not None and origin(method) not in own]
 
 
 def takes_cache(method: Callable) -> bool:

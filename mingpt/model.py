@@ -57,6 +57,10 @@ class CausalSelfAttention(nn.Module):
     value beside that key is collected (Vaswani et al. 2017, section 3.2).
     """
 
+    # True: torch's kernel. False: the formula step by step, weights in att.
+    fused = True
+    att: Tensor | None = None  # (B, nh, T, T)
+
     def __init__(self, config: CN):
         """Takes any config with n_embd, n_head, attn_pdrop, resid_pdrop, block_size."""
         super().__init__()
@@ -71,9 +75,6 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.n_embd = config.n_embd
         self.block_size = config.block_size
-        # True: torch's kernel. False: the formula step by step, weights in att.
-        self.fused = True
-        self.att: Tensor | None = None  # (B, nh, T, T)
         # For programs of minGPT, which read or set its mask: see bias below.
         self.register_buffer("_mask", None, persistent=False)
 
@@ -82,17 +83,22 @@ class CausalSelfAttention(nn.Module):
         qkv = self.compute_qkv(x) if cache is None else self.compute_qkv(x, cache=cache)
         q, k, v = qkv  # three of (B, nh, T, hs)
 
-        # Several tokens need the causal mask. A single new one may look at all, since
-        # all others stand before it.
-        is_causal = cache is None or cache.k is None
-        if cache is not None:
-            if x.size(1) > 1 and not is_causal:
+        if cache is None or cache.k is None:
+            # Several tokens need the causal mask.
+            is_causal = True
+            uses_kernel = self.uses_kernel()
+        else:
+            # A single new one may look at all, since all others stand before it.
+            if x.size(1) > 1:
                 raise ValueError(f"got {x.size(1)} tokens after a prompt, expected one at a time")
+            is_causal = False
+            uses_kernel = cache.uses_kernel
+        if cache is not None:
+            cache.uses_kernel = uses_kernel
             k, v = cache.append(k, v)  # (B, nh, past + T, hs)
 
-        dropout = self.attn_dropout
-        if self.uses_kernel(dropout):
-            p = dropout.p if dropout.training else 0.0
+        if uses_kernel:
+            p = self.attn_dropout.p if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=is_causal)
         else:
             y = self.attend(q, k, v)
@@ -109,12 +115,15 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, nh, hs)
         return qkv.permute(2, 0, 3, 1, 4).unbind()  # three of (B, nh, T, hs)
 
-    def uses_kernel(self, dropout: nn.Module) -> bool:
+    def uses_kernel(self) -> bool:
         """Tells whether torch's kernel may stand for the formula."""
-        # The kernel does not call the dropout module, which may be replaced or watched.
-        is_plain = type(dropout) in (Dropout, nn.Dropout) and "forward" not in vars(dropout)
         is_own = type(self).attend is CausalSelfAttention.attend and "attend" not in vars(self)
-        return self.fused and is_own and is_plain and not has_hooks(dropout)
+        if not self.fused or not is_own:
+            return False
+        # The kernel does not call the dropout module, which may be replaced or watched.
+        dropout = self.attn_dropout
+        is_plain = type(dropout) in (Dropout, nn.Dropout) and "forward" not in vars(dropout)
+        return is_plain and dropout.training == self.training and not has_hooks(dropout)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Computes what the kernel computes, softmax(q kᵀ / √hs) v, step by step.

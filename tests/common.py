@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from mingpt import bpe
+from mingpt.generation import can_cache, foreign_methods
 from mingpt.model import GPT
 from mingpt.utils import run_script
 from numpy_gpt import compute_logits, openai_layout
@@ -69,6 +70,11 @@ def tiny_gpt(**changes) -> GPT:
         for parameter in model.parameters():
             parameter += torch.randn_like(parameter) * 0.2
     return model
+
+
+def uses_cache(model: GPT) -> bool:
+    """Tells whether the model writes with the cache."""
+    return can_cache(model, foreign_methods(model))
 
 
 def oracle(model: GPT, idx: torch.Tensor) -> torch.Tensor:

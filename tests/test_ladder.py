@@ -7,8 +7,7 @@ import unittest
 import numpy as np
 import torch
 
-from common import Folder, tiny_config
-from mingpt.generation import can_cache
+from common import Folder, tiny_config, uses_cache
 from mingpt.model import GPT
 
 import ladder
@@ -146,7 +145,7 @@ class Modern(unittest.TestCase):
         for switches in ({}, *({name: False} for name in SWITCHES)):
             with self.subTest(switches):
                 model = tiny_modern(**switches)
-                self.assertTrue(can_cache(model))
+                self.assertTrue(uses_cache(model))
                 # The window slides from the 17th token on.
                 with_cache = model.generate(idx, T)
                 self.assertTrue(torch.equal(with_cache, model.generate(idx, T, use_cache=False)))

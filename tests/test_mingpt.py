@@ -20,11 +20,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from common import tiny_config, tiny_gpt
+from common import tiny_config, tiny_gpt, uses_cache
 from mingpt import model as model_module
 from mingpt import trainer as trainer_module
 from mingpt.data import TokenDataset
-from mingpt.generation import KVCache, can_cache
+from mingpt.generation import KVCache
 from mingpt.model import GPT, MLP, Block, CausalSelfAttention, NewGELU
 from mingpt.run import Run
 from mingpt.trainer import Trainer
@@ -458,7 +458,7 @@ class Blocks(WithModel):
             with self.subTest(place):
                 model = copy.deepcopy(self.model)
                 model.get_submodule(place).__class__ = part
-                self.assertTrue(can_cache(model))
+                self.assertTrue(uses_cache(model))
                 self.check_generation(model)
 
     def test_parts_inside_attention_count_beside_a_cache(self):
@@ -474,7 +474,7 @@ class Blocks(WithModel):
                        lambda attn: setattr(attn, "__class__", Reversed)):
             model = copy.deepcopy(self.model)
             change(model.transformer.h[0].attn)
-            self.assertTrue(can_cache(model))
+            self.assertTrue(uses_cache(model))
             cache = [KVCache(8) for _ in model.transformer.h]
             torch.testing.assert_close(model(self.idx, cache=cache)[0], model(self.idx)[0][:, -1:])
 

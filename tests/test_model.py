@@ -17,8 +17,8 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from common import oracle, tiny_config, tiny_gpt
-from mingpt.generation import KVCache, can_cache, logits_to_probs
+from common import oracle, tiny_config, tiny_gpt, uses_cache
+from mingpt.generation import KVCache, logits_to_probs
 from mingpt.model import GPT, PRESETS, CausalSelfAttention
 from mingpt.trainer import Trainer
 from mingpt.utils import set_seed
@@ -107,6 +107,11 @@ class Attention(unittest.TestCase):
         self.assertFalse(attention.att.requires_grad)
         torch.testing.assert_close(attention.att.sum(-1), torch.ones(3, 2, 5))
         self.assertFalse(attention.att.triu(1).any())
+        # For a whole program it is set in the class.
+        with mock.patch.object(CausalSelfAttention, "fused", False):
+            other = CausalSelfAttention(tiny_config()).eval()
+            other(torch.randn(3, 5, 16))
+        self.assertEqual(other.att.shape, (3, 2, 5, 5))
 
     def test_dropout_keeps_the_mean_and_acts_in_training_only(self):
         attention = CausalSelfAttention(tiny_config(attn_pdrop=0.25, resid_pdrop=0.0))
@@ -270,7 +275,7 @@ class Generate(unittest.TestCase):
                     logits_to_probs(logits, *settings), torch.tensor(expected, dtype=logits.dtype))
 
     def test_it_equals_a_plain_loop_with_and_without_cache(self):
-        self.assertTrue(can_cache(self.model))
+        self.assertTrue(uses_cache(self.model))
         for length, batch, settings, use_cache in itertools.product(
                 (1, 4, 8, 13), (1, 5), ((1.0, False), (1.0, True), (0.7, True, 4)), (True, False)):
             with self.subTest(length=length, batch=batch, settings=settings, use_cache=use_cache):

@@ -16,8 +16,7 @@ from unittest import mock
 
 import torch
 
-from common import ROOT, WorkingFolder, close_log, vocabulary_folder
-from mingpt.generation import can_cache
+from common import ROOT, WorkingFolder, close_log, uses_cache, vocabulary_folder
 
 TEXT = (ROOT / "mingpt" / "recipes.md").read_text(encoding="utf-8")
 BEGINNING, *SECTIONS = TEXT.split("\n## ")
@@ -104,7 +103,7 @@ class Recipes(WorkingFolder):
         for title in ("LoRA", "Another activation", "A block of your own"):
             with self.subTest(title):
                 model = run_recipe(title, 0).model
-                self.assertTrue(can_cache(model))
+                self.assertTrue(uses_cache(model))
                 plain = model.generate(idx, 9, use_cache=False)
                 self.assertTrue(model.generate(idx, 9).equal(plain))
 
