@@ -33,12 +33,12 @@ from typing import Any
 
 import regex
 
-# The end of a contraction; or letters, digits or other signs, each with the space
-# before them; or white space, whose last character is left to the next word.
+# The end of a contraction; or letters, digits or other signs, each with the
+# space before them; or white space, its last character left to the next word.
 WORD = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
-# White space and all up to the next one: one word or several. No word crosses its
-# ends, and re finds pieces four times as fast. SPACE is the \s of regex in WORD.
+# White space and all up to the next one: one word or several. No word crosses
+# its ends, and re finds pieces four times as fast. SPACE is regex's \s.
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 PIECE = re.compile(f"[{SPACE}]*[^{SPACE}]+|[{SPACE}]+")
 
@@ -114,7 +114,7 @@ class Encoder:
             raise ValueError(f"got {special}, expected special tokens: {list(self.special_tokens)}")
         parts = [text]
         if special:
-            # The group keeps the cuts themselves: text, special token, text, ..., text.
+            # The group keeps the cuts: text, special token, text, ..., text.
             parts = re.split(f"({'|'.join(map(re.escape, special))})", text)
         tokens: list[int] = []
         for part in parts:
@@ -165,7 +165,7 @@ class Encoder:
         stays at its left part's place; left and right lead to the neighbours.
         """
         rank_of = self.bpe_ranks.get
-        # A sentinel at both ends, as place -1 is the last one: no merge contains None.
+        # A sentinel at both ends (-1 is the last place): no merge has None.
         symbols: list = [*token, None]
         left = list(range(-1, len(token)))
         right = list(range(1, len(token) + 1))
@@ -282,8 +282,8 @@ def get_encoder() -> Encoder:
     )
     merges = _read("vocab.bpe", "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")
     encoder = Encoder(vocabulary, map(str.split, merges.splitlines()[1:]))
-    # GPT-2's merges reach each of its tokens, so a word that is a token needs no
-    # merging. Not every vocabulary is like that.
+    # GPT-2's merges reach each of its tokens, so a word that is a token needs
+    # no merging. Not every vocabulary is like that.
     encoder.whole_words = dict(vocabulary)
     return encoder
 

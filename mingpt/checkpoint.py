@@ -76,8 +76,8 @@ def read_checkpoint(path: str | Path) -> dict:
                 raise zipfile.BadZipFile
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # Each library has errors of its own for a broken file. The text of torch's
-        # would advise to load the file without its guard.
+        # Each library has errors of its own for a broken file. The text of
+        # torch's would advise to load the file without its guard.
         raise ValueError(f"{path} is damaged or no checkpoint: {type(error).__name__}") from None
     if not isinstance(content, dict) or "random_states" not in content:
         raise ValueError(f"{path} is no checkpoint of a run")

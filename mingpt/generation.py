@@ -61,8 +61,8 @@ def write(model: Any, idx: Tensor, max_new_tokens: int, temperature: float, do_s
         room = min(idx.size(1) + max_new_tokens, model.block_size)
         cache = [KVCache(room) for _ in model.transformer.h]
     tokens = _write(model, idx, max_new_tokens, choose, stop_token, cache)
-    # Inference mode is faster, but its tensors cannot be learned from. A part of one's
-    # own may keep tensors, attention with fused=False keeps its weights.
+    # Inference mode is faster, but nobody learns from its tensors. A part of
+    # one's own may keep some, attention with fused=False keeps its weights.
     if is_known and not foreign:
         if all(getattr(block, "attn", block).fused for block in model.transformer.h):
             return tokens, torch.inference_mode
@@ -85,7 +85,7 @@ def _write(model: Any, idx: Tensor, max_new_tokens: int, choose: Callable,
             logits, _ = model(window)  # (B, T, V)
         else:
             logits, _ = model(pieces[-1], cache=cache)  # (B, 1, V)
-            # A full window slides from here on, so each token changes its position.
+            # A full window slides from here on: each token gets a new position.
             # A part that leaves its cache empty does not take part.
             if T == block_size or any(part.length != T for part in cache):
                 cache = None
@@ -186,8 +186,8 @@ def can_cache(model: Any, foreign: list) -> bool:
         if not takes_cache(block.forward) or not takes_cache(attention.forward):
             return False
     for module in model.modules():
-        # Attention by a mask of its own may look ahead. The buffers of a scripted
-        # module have no method get.
+        # Attention by a mask of its own may look ahead. A scripted module's
+        # buffers have no method get.
         if has_hooks(module) or dict(module._buffers).get("_mask") is not None:
             return False
     return all(map(takes_cache, foreign))

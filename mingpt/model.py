@@ -88,7 +88,7 @@ class CausalSelfAttention(nn.Module):
             is_causal = True
             uses_kernel = self.uses_kernel()
         else:
-            # A single new one may look at all, since all others stand before it.
+            # A single new one may look at all: all others stand before it.
             if x.size(1) > 1:
                 raise ValueError(f"got {x.size(1)} tokens after a prompt, expected one at a time")
             is_causal = False
@@ -120,7 +120,7 @@ class CausalSelfAttention(nn.Module):
         is_own = type(self).attend is CausalSelfAttention.attend and "attend" not in vars(self)
         if not self.fused or not is_own:
             return False
-        # The kernel does not call the dropout module, which may be replaced or watched.
+        # The kernel does not call dropout, which may be replaced or watched.
         dropout = self.attn_dropout
         is_plain = type(dropout) in (Dropout, nn.Dropout) and "forward" not in vars(dropout)
         return is_plain and dropout.training == self.training and not has_hooks(dropout)
@@ -258,8 +258,8 @@ class GPT(nn.Module):
         self.lm_head: Any = nn.Linear(c.n_embd, c.vocab_size, bias=False)
 
         self.apply(self._init_weights)
-        # GPT-2, section 2.3: layers that add to the residual stream start smaller,
-        # since 2 * n_layer of them add up.
+        # GPT-2, section 2.3: layers that add to the residual stream start
+        # smaller, since 2 * n_layer of them add up.
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * c.n_layer))
@@ -267,7 +267,7 @@ class GPT(nn.Module):
             self.tie_weights()
         self.register_load_state_dict_pre_hook(_adapt_state_dict)
 
-        # Nothing has failed, so the caller's config may change, if it can be written to.
+        # Nothing has failed, so the caller's config may change, if it can.
         for name in ("n_layer", "n_head", "n_embd"):
             if getattr(config, name, None) is None:
                 with contextlib.suppress(AttributeError):
@@ -345,8 +345,8 @@ class GPT(nn.Module):
             layers = [module for module in self.modules() if isinstance(module, kind)]
             return [p for layer in layers for p in layer.parameters(recurse=False) if p.dim() == 2]
 
-        # A tied head is an embedding as well. A dict drops repetitions and keeps the
-        # order, which a checkpoint needs.
+        # A tied head is an embedding, too. A dict drops repetitions and keeps
+        # the order, which a checkpoint needs.
         embeddings = set(matrices(nn.Embedding))
         if self.is_tied:
             embeddings.add(self.lm_head.weight)
@@ -458,7 +458,7 @@ def _adapt_state_dict(model: GPT, state: dict, prefix: str, *args) -> None:
     for key in list(state):
         if key.endswith((".attn.bias", ".attn.masked_bias")) and key not in own:
             del state[key]
-    # An attention of one's own may have a mask like minGPT's, which is no weight.
+    # An attention of one's own may have minGPT's mask, which is no weight.
     for name, mask in model.named_buffers(prefix.removesuffix(".")):
         if name.endswith(".attn.bias") and name in own:
             state.setdefault(name, mask)

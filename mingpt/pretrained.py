@@ -44,8 +44,8 @@ SHARED_FIELDS = ("vocab_size", "n_layer", "n_head", "n_embd",
 # These are only kept, and saved again.
 KEPT_FIELDS = ("bos_token_id", "eos_token_id")
 # Settings in which GPT-2 models differ, and the values that this library
-# supports, the default first. "gelu" is the exact form, the other names mean the
-# tanh form.
+# supports, the default first. "gelu" is the exact form, the other names mean
+# the tanh form.
 MODEL_CHOICES = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu"),
@@ -195,7 +195,7 @@ def _activation(model: Any) -> nn.Module | None:
 
 def _check_parts(model: Any) -> None:
     """Raises ValueError, with its name, for a part of a model that GPT-2 does not have."""
-    # The model may be of a subclass; GPT is the last of its classes with this method.
+    # The model may be of a subclass: GPT is the last class with this method.
     GPT = [cls for cls in type(model).__mro__ if hasattr(cls, "get_default_config")][-1]
     was_disabled = logger.disabled
     logger.disabled = True
@@ -322,13 +322,13 @@ def _find_folder(name: str | Path) -> Path:
     if os.path.isdir(name):
         return Path(name)
     repository = HUB_NAMES.get(name, name)
-    # Neither part begins with a dot, so a name cannot lead out of the hub's folder.
+    # No part begins with a dot, so no name leads out of the hub's folder.
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository, re.ASCII):
         raise FileNotFoundError(
             f"there is no folder {name!r}; on the hub, names have the form 'owner/repository'")
     try:
         from huggingface_hub import snapshot_download
-        # The second form of weights is fetched only if the repository lacks the first.
+        # The second form of weights is fetched only if the first is missing.
         for weights in WEIGHT_FILES:
             patterns = ["config.json", *VOCABULARY_FILES, *weights]
             folder = Path(snapshot_download(repository, allow_patterns=patterns))
@@ -389,7 +389,7 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
         except ImportError:
             raise ImportError(f"to read {path}: {INSTALL}") from None
         except Exception:
-            # Errors are of many kinds, and torch's advise to load the file without its guard.
+            # Of many kinds; torch's would advise to load it without its guard.
             raise ValueError(f"{path} cannot be read as weights: it is missing or damaged, or "
                              "holds more than tensors and their names") from None
     for key, tensor in tensors.items():

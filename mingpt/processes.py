@@ -132,7 +132,8 @@ class Signals:
         # Other threads get no signals.
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                # nohup wants a signal ignored; a handler in C, None, cannot be put back.
+                # What nohup ignores stays so. None is a handler in C, which
+                # cannot be put back.
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._note)
         return self

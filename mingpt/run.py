@@ -105,7 +105,7 @@ class Run(Trainer):
     def step(self, network: Callable, micro_batches: list) -> None:
         super().step(network, micro_batches)
         self._targets_per_step = sum(y.numel() for x, y in micro_batches) * self.world_size
-        # A GPU computes on while Python goes ahead, so wait before the time is read.
+        # A GPU computes while Python goes ahead, so the clock waits for it.
         if self._is_due("log"):
             torch.get_device_module(self.device_type).synchronize()
 

@@ -251,15 +251,15 @@ class Trainer:
 
     def backward(self, network: Any, micro_batches: list, shares: list[float]) -> None:
         """Adds up the gradients of the micro-batches, each by its share of all targets."""
-        # A micro-batch without a target is left out. But each process takes part in
-        # the exchange of gradients, which comes with its last backward pass.
+        # A micro-batch without a target is left out. But each process joins the
+        # exchange of gradients, which comes with its last backward pass.
         learned = [i for i, share in enumerate(shares) if share > 0]
         if not learned:
             learned = [0]
         for i in learned:
             network.require_backward_grad_sync = i == learned[-1]
             loss = self.compute(network, *micro_batches[i])[1]
-            # Processes average their gradients; times world_size makes it a sum.
+            # Processes average their gradients: times world_size it is a sum.
             loss = loss * (self.world_size * shares[i])
             self.scaler.scale(loss).backward()
             # The mean of no target may be NaN.
@@ -284,7 +284,7 @@ class Trainer:
         for cls in type(model).__mro__:
             if "count_targets" in vars(cls):
                 return int(model.count_targets(y))
-            # An inherited count_targets does not know the loss of a new forward.
+            # An inherited count_targets does not know a new forward's loss.
             if "forward" in vars(cls):
                 break
         # A loss of x alone has an empty y.
@@ -346,11 +346,11 @@ def carry_over(before: Any, optimizer: Any, keeps_rates: bool) -> None:
     settings = ("params", "lr", "initial_lr", "betas", "momentum", "weight_decay")
     for old, new in zip(before.param_groups, optimizer.param_groups):
         new.update({key: value for key, value in old.items() if key not in settings})
-        # A rate that a callback has changed goes on, unless the setting is new. A rate
-        # that a schedule has reached ends with the schedule.
+        # A rate that a callback has changed goes on, unless the setting is new.
+        # A rate that a schedule has reached ends with the schedule.
         if keeps_rates and old.get("initial_lr") == new["initial_lr"]:
             new["lr"] = old["lr"]
-    # A scheduler of torch may hold the earlier one, so both have one list of groups.
+    # A scheduler of torch may hold the earlier one: both get the same list.
     before.param_groups[:] = optimizer.param_groups
     optimizer.param_groups = before.param_groups
 

@@ -43,7 +43,7 @@ class CfgNode(SimpleNamespace):
         n_layer: 3
     """
 
-    # Programs put configurations into sets and caches, each as a thing of its own.
+    # Programs put configurations into sets, each as a thing of its own.
     __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __str__(self) -> str:
@@ -129,7 +129,7 @@ CN = CfgNode
 def _parse(name: str, text: str, default):
     """Returns the value of a text, in the type of the default: ("x", "1e-3", 0.1) -> 0.001."""
     if isinstance(default, str):
-        # "None" unsets a text; where the default is empty, it is a word like others.
+        # "None" unsets a text; where the default is empty, it is just a word.
         return None if text == "None" and default else text
     try:
         value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
@@ -137,7 +137,7 @@ def _parse(name: str, text: str, default):
         # A path, the name of a device, a word.
         value = text
 
-    # An integer may be written as 1e3, a float as 1, yes as 1, a tuple as a list.
+    # An integer may come as 1e3, a float as 1, yes as 1, a tuple as a list.
     if isinstance(value, float) and value.is_integer() and not isinstance(default, float):
         value = int(value)
     if type(value) is int and isinstance(default, float):
@@ -375,7 +375,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 
     The environment variable MINGPT_TRACEBACK=1 shows where an error comes from.
     """
-    # A terminal may lack UTF-8. A notebook's stdout and pythonw's None cannot change.
+    # A terminal may lack UTF-8. A notebook's stdout, or None, cannot change.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     try:

@@ -40,10 +40,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Tests import the scripts of the projects by their names.
 sys.path[:0] = [str(folder) for folder in (ROOT / "projects").iterdir() if folder.is_dir()]
 
-# Tiny models gain nothing from a second thread, and a fork loses all threads but one.
+# Tiny models gain nothing from a second thread, and a fork loses all but one.
 torch.set_num_threads(1)
-# The first backward pass decides whether autograd has threads. A plain one needs none. One
-# inside torch.compile may start them, and then no fork can learn.
+# The first backward pass decides whether autograd has threads. A plain one
+# needs none. One inside torch.compile may start them: then no fork can learn.
 torch.ones((), requires_grad=True).backward()
 
 # Tests that look at the log turn it on.
@@ -185,13 +185,15 @@ class Script:
     """
 
     def __init__(self, main: Callable, *args, count: int = 1):
-        # The first step of an optimizer loads this for a second: here once, not in each child.
+        # The first step of an optimizer loads this for a second: here once, not
+        # in each child.
         from torch import _dynamo  # noqa: F401
         file, self.output = tempfile.mkstemp()
         os.close(file)
         environments = [{}]
         if count > 1:
-            # Port 0 is any free port. The store serves in this process, so the port stays taken.
+            # Port 0 is any free port. The store serves in this process, so the
+            # port stays taken.
             self.store = torch.distributed.TCPStore(
                 "127.0.0.1", 0, is_master=True, wait_for_workers=False)
             environments = [dict(
@@ -202,7 +204,8 @@ class Script:
             PROCESSES.Process(target=_be_a_script, args=(main, args, self.output, environment))
             for environment in environments]
         with warnings.catch_warnings():
-            # Python warns of a fork beside threads: the store has one, and it needs none of it.
+            # Python warns of a fork beside threads: the store has one, and it
+            # needs none of it.
             warnings.simplefilter("ignore", DeprecationWarning)
             for child in self.children:
                 child.start()

@@ -119,14 +119,16 @@ class Inside(unittest.TestCase):
         small = problems[(problems // 100 % 10 < 5) & (problems % 10 < 5)]
         first = dataset.digits(small)
         second = dataset.digits(small + 505)
-        # Both have the same tokens but for the last digits of a and b, and the sum's tens.
+        # Both have the same tokens but for the last digits of a and b, and the
+        # sum's tens.
         self.assertTrue(torch.equal(first[:, [0, 2, 4]], second[:, [0, 2, 4]]))
         self.assertFalse((first[:, 5] == second[:, 5]).any())
 
         model = toy_gpt()
         shares = inside.find_carry(model, dataset)
         self.assertEqual(len(shares), 3)
-        # The vectors are the same after the embedding, and nothing follows the last block.
+        # The vectors are the same after the embedding, and nothing follows the
+        # last block.
         for share, rows in ((shares[0], first), (shares[-1], second)):
             written = model(rows[:, :5])[0][:, -1].argmax(-1)
             expected = (written == second[:, 5]).float().mean()

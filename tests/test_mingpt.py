@@ -567,7 +567,7 @@ class AttentionMaps(WithModel):
             torch.testing.assert_close(att.sum(-1), torch.ones(1, 2, 8, dtype=torch.float64))
             self.assertFalse(att.triu(1).any())
 
-        # With hooks, generation reads whole windows: the maps are those of minGPT.
+        # With hooks, generation reads whole windows: the maps are minGPT's.
         maps.clear()
         self.assertEqual(greedy(self.model), written)
         self.assertEqual([att.size(-1) for att in maps[:4]], [3, 3, 4, 4])

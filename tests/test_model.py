@@ -46,7 +46,7 @@ class Oracle(unittest.TestCase):
         self.targets[2] = -1
 
     def test_logits_by_the_kernel_and_step_by_step(self):
-        # Float32 rounds 24 to 96 products of each sum to 24 bits, through three layers.
+        # Float32 rounds 24 to 96 products of each sum to 24 bits, in 3 layers.
         bounds = {torch.float32: 1e-4, torch.float64: 1e-10}
         for tie, fused, dtype in itertools.product((False, True), (True, False), bounds):
             with self.subTest(tie=tie, fused=fused, dtype=dtype):
@@ -80,7 +80,7 @@ class Oracle(unittest.TestCase):
 
         for fused in (True, False):
             set_fused(self.model, fused)
-            # The slope of the loss, which is the oracle's, in a random direction.
+            # The slope of the loss, which is the oracle's, at random.
             self.assertTrue(gradcheck(loss, parameters, fast_mode=True))
 
     def test_a_cache_changes_nothing(self):
@@ -136,7 +136,7 @@ class Config(unittest.TestCase):
             made = (len(parts.h), parts.h[0].attn.n_head, parts.wte.embedding_dim)
             self.assertEqual(made, sizes)
             if name == "gpt2":
-                # OpenAI's checkpoint holds as many. A head of its own is not counted.
+                # OpenAI's checkpoint has as many. Its own head does not count.
                 self.assertIn("number of parameters: 124.44M", logged.output[-1])
 
     def test_mistakes_are_named_and_change_nothing(self):
@@ -226,7 +226,8 @@ class Model(unittest.TestCase):
         for block in self.model.transformer.h:
             block.compile(backend=backend, fullgraph=True, dynamic=True)
         self.assertEqual(self.model.generate(self.idx[:, :3], 5).tolist(), expected)
-        # One reads the prompt, one a token after it. All layers and lengths share them.
+        # One reads the prompt, one a token after it. All layers and lengths
+        # share them.
         self.assertEqual(len(graphs), 2)
         for graph in graphs:
             self.assertIn("scaled_dot_product_attention", graph.code)
@@ -296,14 +297,14 @@ class Generate(unittest.TestCase):
 
         with mock.patch.object(self.model, "features", watch):
             self.model.generate(self.idx, 8)
-        # Three tokens of prompt, five to fill the block, then the window slides.
+        # Three tokens of prompt, five to fill the block, then a window.
         self.assertEqual(lengths, [3, 1, 1, 1, 1, 1, 8, 8])
 
     def test_a_long_text_costs_no_more_a_token_than_a_short_one(self):
         with mock.patch("torch.cat", wraps=torch.cat) as cat:
             list(self.model.stream(self.idx, 60))
-        # Six tokens need no window. Then a token is joined to the window, not to all
-        # that was written.
+        # Six tokens need no window. Then a token is joined to the window, not
+        # to all that was written.
         joined = [sum(piece.size(1) for piece in pieces) for (pieces,), _ in cat.call_args_list]
         self.assertEqual(joined, [9] * 54)
 

@@ -48,7 +48,7 @@ class Notebooks(Folder):
         right, total = map(int, re.search(r"held out: (\d+) of (\d+) lists sorted", now).groups())
         self.assertEqual(total, 180)
         self.assertGreaterEqual(right, 170)
-        # The first loss comes from one forward pass: only its fourth digit may differ.
+        # The first loss comes from one forward pass: its fourth digit may vary.
         losses = [re.search(r"loss\D*(\d+\.\d+)", text)[1]
                   for text in (now, printed(read("demo.ipynb")))]
         self.assertAlmostEqual(float(losses[0]), float(losses[1]), delta=1.5e-4)

@@ -12,7 +12,7 @@ import unittest
 import mingpt
 from common import ROOT, Folder, run_python
 
-# Parts of torch that mypy need not read: with them it takes three times as long.
+# Parts of torch that mypy need not read: without them it is three times as fast.
 UNREAD = ("_decomp", "_dynamo", "_export", "_functorch", "_higher_order_ops", "_inductor", "_prims",
           "_refs", "_subclasses", "ao", "distributed", "export", "fx", "onnx", "testing")
 MYPY_CONFIG = f"""
@@ -56,7 +56,8 @@ class Code(Folder):
         names = re.findall(r"^\w+", text, re.MULTILINE)
         self.assertEqual(sorted(names), ["numpy", "regex", "requests", "torch"])
         known = {*sys.stdlib_module_names, *names, "mingpt"}
-        # Functions import these, with an error that says what to install; the last is for mypy.
+        # Functions import these, with an error that says what to install; the
+        # last is for mypy.
         extras = {"tqdm", "huggingface_hub", "safetensors", "typing_extensions"}
         for path in sorted((ROOT / "mingpt").glob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -85,7 +86,7 @@ class Distribution(Folder):
     def setup(self, *args) -> None:
         # setuptools writes into the folder of setup.py.
         copied = self.folder / "copy"
-        # Beside the project's folders an environment of some gigabytes may stand.
+        # Beside the folders an environment of some gigabytes may stand.
         ignore = shutil.ignore_patterns("out", "__pycache__")
         for name in ("mingpt", "projects", "tests"):
             shutil.copytree(ROOT / name, copied / name, ignore=ignore)

@@ -40,7 +40,8 @@ class Gradient(unittest.TestCase):
             run, dataset = make_run(baseline=baseline, offset=-0.25)
             x, y = dataset.__getitems__([3, 70])
             truth = y[:, 1:]  # (2, 2)
-            # Of three sums each, two are right for the first problem, none for the second.
+            # Of three sums each, two are right for the first problem, none for
+            # the second.
             one_wrong = truth ^ torch.tensor([0, 1])
             written = torch.stack((truth[0], truth[0], one_wrong[0], *[one_wrong[1]] * 3))
             found = gradient(run, x, y, written)

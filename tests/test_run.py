@@ -422,7 +422,7 @@ class Resume(Folder):
         at_step(run, 4, lambda run: 1 / 0)
         with self.assertRaises(ZeroDivisionError):
             run.run()
-        # A disk was full for a moment, and the kill came in the middle of a row.
+        # A disk was full for a moment, and the kill came within a row.
         with open(self.folder / "metrics.jsonl", "ab") as file:
             file.write(b'{"iteration": 3, "sp{"iteration": 3}\n{"iteration": 3, "spl')
         prepare(resume=True).run()
@@ -543,11 +543,12 @@ class Signals(Folder):
             workers = 1 if count == 1 else 0
             args = (f"--work_dir={self.folder}/{count}{number.name}",
                     f"--trainer.num_workers={workers}")
-            # Its 30 steps last long enough for the signal on a busy machine, too.
+            # Its 30 steps last long enough for the signal on any machine.
             with Script(train_script.main, *args, "--pause=0.3", count=count) as script:
                 group = script.children[-1].pid
                 script.wait_for("step      2")
-                # torchrun, SLURM and systemd send it to the whole group, with the workers.
+                # torchrun, SLURM and systemd send it to the whole group, with
+                # the workers.
                 os.killpg(group, number)
                 codes = script.wait()
                 self.assertEqual(codes[-1], code)
@@ -564,10 +565,10 @@ class Signals(Folder):
 
     def test_a_second_signal_ends_it_at_once(self):
         with Script(train_script.main, f"--work_dir={self.folder}", "--pause=3600") as script:
-            # The callback of its first step takes an hour, so only a signal can end it.
+            # Its first callback takes an hour, so only a signal ends it.
             script.wait_for("running on device")
             time.sleep(0.5)
-            # A busy machine may deliver two signals as one, so more of them follow.
+            # A busy machine may deliver two signals as one, so more follow.
             for _ in range(30):
                 if script.children[0].is_alive():
                     script.send(signal.SIGINT)
@@ -583,8 +584,8 @@ class Signals(Folder):
         expected = train(*settings, f"--work_dir={whole}")
         rng = random.Random(8)
         for _ in range(10):
-            # A step makes 5,000 calls, a save 60,000. So most kills fall into a save, and the
-            # run comes on between them.
+            # A step makes 5,000 calls, a save 60,000. So most kills fall into a
+            # save, and the run comes on between them.
             calls = rng.randrange(80_000, 140_000)
             with Script(train_script.main, *settings, f"--work_dir={broken}",
                         "--trainer.resume=auto", f"--die_after={calls}") as script:

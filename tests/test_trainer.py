@@ -111,8 +111,8 @@ class Loop(unittest.TestCase):
                 self.assertEqual(trainer.model.lm_head.weight.dtype, torch.float32)
                 first.append(losses[0])
         for values in first:
-            # The first step has the same weights. bfloat16 has 8 bits, logits are about 1,
-            # and a gradient is not one that float16 has scaled.
+            # The first step has the same weights. bfloat16 has 8 bits, logits
+            # are about 1, and a gradient is not one that float16 has scaled.
             torch.testing.assert_close(values, first[0], atol=0.02, rtol=0.1)
 
     def test_a_callback_sees_the_step_that_it_follows(self):
@@ -214,7 +214,7 @@ class Targets(unittest.TestCase):
             trainer = make_trainer(no_dropout().double(), max_iters=1, grad_norm_clip=clip)
             trainer.run()
             norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm()
-            # grad_norm is the length before. torch adds 1e-6 to it when it divides.
+            # grad_norm is the length before. torch adds 1e-6 to it to divide.
             expected = clip if shortened else trainer.grad_norm.item()
             self.assertAlmostEqual(norm.item(), expected, delta=1e-5 * expected)
             self.assertGreater(trainer.grad_norm.item(), 0.01)
@@ -328,7 +328,7 @@ class Interruptions(unittest.TestCase):
         trainer.model.lm_head = torch.nn.Linear(16, 5)
         trainer.run()
         self.assertEqual(trainer.optimizer.param_groups[0]["lr"], 1e-3)
-        # AdamW counts the steps of each parameter. The old ones keep their state.
+        # AdamW counts the steps of each parameter. Old ones keep their state.
         steps = {name: int(trainer.optimizer.state[p]["step"])
                  for name, p in trainer.model.named_parameters()}
         self.assertEqual((steps["lm_head.weight"], steps["transformer.wte.weight"]), (2, 4))

@@ -287,7 +287,8 @@ class Scripts(unittest.TestCase):
         self.assertEqual(self.raise_in_main(KeyboardInterrupt()), (130, "", ""))
 
     def test_it_runs_where_stdout_is_no_terminal(self):
-        # A notebook's stdout has no `reconfigure`, pythonw's is None, a terminal may lack UTF-8.
+        # A notebook's stdout has no `reconfigure`, pythonw's is None, a
+        # terminal may lack UTF-8.
         old = io.TextIOWrapper(io.BytesIO(), "ascii")
         for stdout in (io.StringIO(), None, old):
             with contextlib.redirect_stdout(stdout):

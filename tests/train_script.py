@@ -81,7 +81,8 @@ def main(args: list[str]) -> None:
     config.merge_from_args(args)
     set_seed(1)
     if config.threads:
-        # The last one that registers runs first, and the trainer has not registered yet.
+        # The last one that registers runs first, and the trainer has not
+        # registered yet.
         atexit.register(print_threads)
 
     model_config = GPT.get_default_config()
@@ -93,7 +94,7 @@ def main(args: list[str]) -> None:
 
     def on_batch_end(run):
         time.sleep(config.pause)
-        # A callback may draw from any generator: these states are restored, too.
+        # A callback may draw from any generator: all are restored.
         np.random.rand()
 
     run.add_callback("on_batch_end", on_batch_end)

@@ -80,7 +80,7 @@ def draw_heads(att: torch.Tensor, names: list[str], path: Path) -> None:
     axes = figure.subplots(n_layer, n_head, sharex=True, sharey=True, squeeze=False)
     for (layer, head), panel in np.ndenumerate(axes):
         weights = att[layer, head, T * 2 // 3 - 1:]  # (n + 1, T)
-        # The mask hides later digits: their weight is 0, and their cells stay gray.
+        # The mask hides later digits: their weight is 0, their cells stay gray.
         image = panel.imshow(np.ma.masked_equal(weights, 0), cmap="Blues", vmin=0, vmax=1)
         panel.set_facecolor("0.85")
         panel.set_title(f"block {layer}, head {head}", fontsize=10)

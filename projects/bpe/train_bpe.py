@@ -62,7 +62,7 @@ def learn_merges(text: str) -> Iterator[tuple[tuple[str, str], int]]:
     heapq.heapify(heap)
     while heap:
         count, pair = heapq.heappop(heap)
-        # A count in the heap may be too high, since later merges break pairs up.
+        # A count in the heap may be too high: later merges break pairs up.
         if -count != pair_counts[pair]:
             if pair_counts[pair] > 0:
                 heapq.heappush(heap, (-pair_counts[pair], pair))
@@ -78,7 +78,7 @@ def learn_merges(text: str) -> Iterator[tuple[tuple[str, str], int]]:
             j = 0
             while j < len(symbols) - 1:
                 if (symbols[j], symbols[j + 1]) == pair:
-                    # The pair goes, and its pairs with both neighbours are others now.
+                    # The pair goes: both neighbours form other pairs now.
                     before = max(j - 1, 0)
                     for old in itertools.pairwise(symbols[before : j + 3]):
                         pair_counts[old] -= times[i]

@@ -283,7 +283,7 @@ def main(args: list[str]) -> None:
     config = get_config()
     config.merge_from_args(args)
     if config.model.model_type in PRESETS:
-        # A preset replaces the sizes above, but the command line may contradict it.
+        # A preset replaces the sizes above; the command line may contradict it.
         config.model.n_layer = None
         config.model.n_head = None
         config.model.n_embd = None

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).resolve().parent
 RUNS = {"small-adamw": "this GPT, AdamW", "small": "this GPT, Muon"}
-# The readme of nanoGPT gives it for the same text, size and number of characters.
+# From nanoGPT's readme: the same text, size and number of characters.
 NANOGPT = 1.88
 
 

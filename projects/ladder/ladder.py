@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-# An optimizer's first step would load this for a second, which no rung should pay.
+# An optimizer's first step would load this for a second: no rung should pay.
 from torch import Tensor, _dynamo, nn  # noqa: F401
 from torch.nn import functional as F
 

@@ -31,8 +31,8 @@ class ModernAttention(CausalSelfAttention):
         if config.rotary and hs % 2 == 1:
             raise ValueError(f"got heads of {hs} channels, expected an even number, as rotation "
                              "takes pairs; change n_embd or n_head")
-        # Pair i of a head's numbers turns by speed[i] with each token: the first by a
-        # whole radian, the last by about a ten thousandth.
+        # Pair i of a head's numbers turns by speed[i] with each token: the
+        # first by a whole radian, the last by about a ten thousandth.
         speed = 10_000.0 ** (-torch.arange(0, hs, 2) / hs)  # (hs / 2,)
         angles = torch.arange(config.block_size)[:, None] * speed  # (block_size, hs / 2)
         self.register_buffer("angles", angles, persistent=False)
@@ -41,8 +41,8 @@ class ModernAttention(CausalSelfAttention):
         """Computes query, key and value: (B, T, C) -> three of (B, nh, T, hs)."""
         q, k, v = super().compute_qkv(x)
         if self.qk_norm:
-            # Query and key get a fixed length, so scores cannot grow without bound.
-            # Henry et al. 2020, "Query-Key Normalization for Transformers".
+            # Query and key get a fixed length, so scores cannot grow without
+            # bound (Henry et al. 2020, "Query-Key Normalization").
             q = F.rms_norm(q, q.shape[-1:])
             k = F.rms_norm(k, k.shape[-1:])
         if self.rotary:

@@ -58,7 +58,7 @@ def get_config() -> CfgNode:
 
 
 # -----------------------------------------------------------------------------
-# Pictures and tokens. N pictures are (N, 64), each with its pixels line by line.
+# Pictures and tokens. N pictures are (N, 64): the pixels of each, line by line.
 
 def load_pictures(validation: bool) -> tuple[np.ndarray, np.ndarray]:
     """Loads pictures (N, 64) and their digits (N,), always in the same mixed order.

@@ -23,7 +23,7 @@ from mingpt.model import GPT
 from mingpt.run import Run
 from mingpt.utils import CfgNode, run_script, set_seed, setup_logging
 
-# Each project is a script in its own folder, so the adder is loaded by its path.
+# Each project is a script in its own folder: the adder is loaded by its path.
 path = Path(__file__).resolve().parent.parent / "adder" / "adder.py"
 spec = importlib.util.spec_from_file_location("adder", path)
 adder = importlib.util.module_from_spec(spec)
