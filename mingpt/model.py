@@ -341,19 +341,18 @@ class GPT(nn.Module):
 
         Weight decay is for the matrices of Linear layers, except the embedding.
         """
-        def matrices(kind: type) -> list[Tensor]:
+        def matrices(kind: type) -> set[Tensor]:
             layers = [module for module in self.modules() if isinstance(module, kind)]
-            return [p for layer in layers for p in layer.parameters(recurse=False) if p.dim() == 2]
+            return {p for layer in layers for p in layer.parameters(recurse=False) if p.dim() == 2}
 
-        # A tied head is an embedding, too. A dict drops repetitions and keeps
-        # the order, which a checkpoint needs.
-        embeddings = set(matrices(nn.Embedding))
+        decayed = matrices(nn.Linear) - matrices(nn.Embedding)
         if self.is_tied:
-            embeddings.add(self.lm_head.weight)
-        decayed = dict.fromkeys(p for p in matrices(nn.Linear) if p not in embeddings)
+            decayed.discard(self.lm_head.weight)
+        # Parameters keep their order, which a checkpoint needs.
+        first = [p for p in self.parameters() if p in decayed]
         others = [p for p in self.parameters() if p not in decayed]
         # The groups alone say it: one that is added later has torch's default.
-        groups: list[dict] = [{"params": list(decayed), "weight_decay": train_config.weight_decay},
+        groups: list[dict] = [{"params": first, "weight_decay": train_config.weight_decay},
                               {"params": others, "weight_decay": 0.0}]
         name = getattr(train_config, "optimizer", "adamw")
         if name not in ("adamw", "muon"):
@@ -407,7 +406,8 @@ class GPT(nn.Module):
         save_pretrained(self, folder)
 
 
-PRESETS = {  # model_type: n_layer, n_head, n_embd
+# Each model_type has n_layer, n_head, n_embd.
+PRESETS = {
     "openai-gpt": (12, 12, 768),  # 117M parameters, GPT-1
     "gpt2": (12, 12, 768),  # 124M
     "gpt2-medium": (24, 16, 1024),  # 350M
@@ -418,7 +418,8 @@ PRESETS = {  # model_type: n_layer, n_head, n_embd
     "gpt-micro": (4, 4, 128),
     "gpt-nano": (3, 3, 48),
 }
-RULES = (  # names of settings, test of a value, what is expected
+# Rules for settings: names, test of a value, what the error says is expected.
+RULES = (
     ("n_layer", lambda v: type(v) is int and v >= 0,
      "a whole number, 0 or more (a model_type sets it)"),
     ("n_head n_embd vocab_size block_size", lambda v: type(v) is int and v > 0,

@@ -13,6 +13,7 @@ import unittest
 from unittest import mock
 
 import torch
+from torch import nn
 from torch.autograd import gradcheck
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -34,7 +35,7 @@ def new_cache(model) -> list[KVCache]:
 
 
 class Oracle(unittest.TestCase):
-    """GPT-2's forward pass, written in NumPy from the paper."""
+    """Holds the model against a forward pass that NumPy computes by the paper."""
 
     def setUp(self):
         set_seed(1)
@@ -396,3 +397,20 @@ class Optimizer(unittest.TestCase):
                 self.assertEqual(names_in(decayed, model), head + in_blocks)
                 expected = in_blocks if optimizer == "muon" else []
                 self.assertEqual(names_in(by_muon, model), expected)
+
+    def test_a_matrix_that_embeds_does_not_decay_wherever_it_stands(self):
+        class Table(nn.Module):
+            def __init__(self, weight):
+                super().__init__()
+                self.weight = weight
+
+        # An embedding of one's own with the head tied to it, and a second head.
+        own = tiny_gpt()
+        own.transformer.wte = Table(own.lm_head.weight)
+        second = tiny_gpt()
+        second.other = nn.Linear(16, 11, bias=False)
+        second.other.weight = second.transformer.wte.weight
+        for model in (own, second):
+            groups = model.configure_optimizers(Trainer.get_default_config()).param_groups
+            weight = model.transformer.wte.weight
+            self.assertFalse(any(weight is matrix for matrix in groups[0]["params"]))
