@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mingpt.utils import CN, check_config, eval_mode
 
-RULES = (  # names of settings, test of a value, what is expected
+# Rules for settings: names, test of a value, what the error says is expected.
+RULES = (
     ("max_new_tokens", lambda v: operator.index(v) >= 0, "a whole number, 0 or more"),
     ("temperature", lambda v: 0 <= v < math.inf, "0 (greedy) or more"),
     ("top_k", lambda v: v is None or operator.index(v) >= 1,
@@ -156,7 +157,8 @@ class KVCache:
     def __init__(self, max_length: int):
         self.max_length = max_length
         self.length = 0
-        self.uses_kernel = False  # how attention read the prompt
+        # Tells how attention read the prompt.
+        self.uses_kernel = False
         self.k: Tensor | None = None  # (B, nh, max_length, hs)
         self.v: Tensor | None = None  # (B, nh, max_length, hs)
 

@@ -117,7 +117,8 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.received: int | None = None  # number of the signal
+        # The number of the signal.
+        self.received: int | None = None
         self._time = 0.0
         self._before: dict = {}
 
@@ -132,7 +133,7 @@ class Signals:
         # Other threads get no signals.
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                # What nohup ignores stays so. None is a handler in C, which
+                # nohup's signals stay ignored. None is a handler in C, which
                 # cannot be put back.
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._note)

@@ -31,7 +31,11 @@ from mingpt.utils import CN, check_config, eval_mode, logger, naming_file, progr
 
 
 class Run(Trainer):
-    """Trains a module on a dataset, and looks after the run."""
+    """Trains a module on a dataset, and looks after the run.
+
+    val_loss is the last validation's, best_loss the lowest. elapsed counts the seconds of
+    training, those before a resume included.
+    """
 
     @staticmethod
     def get_default_config() -> CN:
@@ -61,10 +65,11 @@ class Run(Trainer):
         self.work_dir = Path(work_dir).expanduser()
         self.writes = bool(work_dir)
         self.val_dataset = val_dataset
-        self.val_loss: float | None = None  # of the last validation
-        self.best_loss = math.inf  # of all validations
-        self.elapsed = 0.0  # seconds of training, those before a resume included
-        self._random_state: dict | None = None  # to be restored
+        self.val_loss: float | None = None
+        self.best_loss = math.inf
+        self.elapsed = 0.0
+        # A resumed run puts the random generators back.
+        self._random_state: dict | None = None
         if config.resume:
             path = self.work_dir / "checkpoint.pt"
             if config.resume is True or path.exists():
@@ -86,7 +91,7 @@ class Run(Trainer):
             self.elapsed = 0.0
         self._last_report = (self.steps_done, self.elapsed)
         if self.writes and self.rank == 0:
-            # What could not be read back is refused now, not after hours.
+            # A value that cannot be read back is refused now, not after hours.
             checkpoint.make_plain(self._content([]))
             self.work_dir.mkdir(parents=True, exist_ok=True)
             if is_new:
@@ -284,7 +289,8 @@ class Run(Trainer):
             logger.info(change)
 
 
-RULES = (  # names of settings, test of a value, what is expected
+# Rules for settings: names, test of a value, what the error says is expected.
+RULES = (
     ("log_interval eval_interval checkpoint_interval", lambda v: v >= 0 and v == int(v),
      "a whole number; 0 turns it off"),
     ("eval_batches", lambda v: v is None or isinstance(v, int) and v >= 1,

@@ -28,7 +28,12 @@ from mingpt.utils import CN, check_config, fill_in, logger
 
 
 class Trainer:
-    """Trains a module on a dataset."""
+    """Trains a module on a dataset.
+
+    A callback of on_batch_end finds iter_num, the number of the step, from 0; loss, its mean
+    loss; grad_norm, the length of its gradient before clipping; iter_dt, the seconds that
+    the step before took. Between two steps iter_num is steps_done.
+    """
 
     @staticmethod
     def get_default_config() -> CN:
@@ -96,16 +101,18 @@ class Trainer:
         # In float16 the loss is scaled, so that small gradients do not vanish.
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.dtype == torch.float16)
         self.steps_done = 0
-        self.iter_num = 0  # steps done; in on_batch_end the number of the step, from 0
-        self.iter_time = 0.0  # when the last step ended, as time.time() tells
-        self.iter_dt = 0.0  # seconds that the last step took
-        self.loss = torch.zeros(())  # mean loss of the last step
-        self.grad_norm = torch.zeros(())  # length of its gradient before clipping
-        self.has_schedule = False  # whether a schedule is to set the rates of the next step
-        self.seed = int(config.seed or 0)  # of the examples of this run
+        self.iter_num = 0
+        self.iter_time = 0.0
+        self.iter_dt = 0.0
+        self.loss = torch.zeros(())
+        self.grad_norm = torch.zeros(())
+        self.seed = 0 if config.seed is None else int(config.seed)
         self.runs_done = 0
         self.is_stopping = False
-        self.goes_on = False  # whether the next run() continues an earlier one
+        # Both are about the next step: whether a schedule sets its rates, and
+        # whether run() goes on with an earlier run.
+        self.has_schedule = False
+        self.goes_on = False
 
     def add_callback(self, onevent: str, callback: Callable) -> None:
         """Calls callback(trainer) at an event, after the callbacks added before."""
@@ -355,7 +362,8 @@ def carry_over(before: Any, optimizer: Any, keeps_rates: bool) -> None:
     optimizer.param_groups = before.param_groups
 
 
-RULES = (  # names of settings, test of a value, what is expected
+# Rules for settings: names, test of a value, what the error says is expected.
+RULES = (
     ("batch_size grad_accum_steps", lambda v: isinstance(v, int) and v >= 1, "a whole number > 0"),
     ("max_iters lr_decay_iters", lambda v: v is None or v >= 0, "a number from 0 on, or None"),
     ("num_workers", lambda v: isinstance(v, int) and 0 <= v <= 256, "a whole number up to 256"),

@@ -3,7 +3,7 @@ The scripts of the projects, as a user runs them: help, a mistake, a run at toy 
 
     python -m unittest tests.test_projects
 
-What a project computes is tested in its own file.
+The computations of a project are tested in its own file.
 """
 
 import concurrent.futures
@@ -24,7 +24,9 @@ STEPS = "--trainer.max_iters=2 --trainer.batch_size=2"
 TINY = f"--model.n_layer=1 --model.n_head=1 --model.n_embd=8 {STEPS}"
 TINY_ADDER = f"--data.ndigit=1 --model.model_type=gpt {TINY}"
 TEXT = "--data.path=in.txt --data.block_size=8"
-RUNS = [  # a script, its settings, and what it prints; later runs find the files of earlier ones
+# A script, its settings, and a text that it prints. Later runs find the files
+# of earlier ones.
+RUNS = [
     ("adder/adder.py", TINY_ADDER, "test: [0-9]+ of 20 sums exact"),
     ("adder/inside.py", "", "the vector of s1 carries after block 0"),
     ("plot.py", "out/adder/metrics.jsonl", "metrics.png"),
@@ -48,7 +50,8 @@ RUNS = [  # a script, its settings, and what it prints; later runs find the file
     ("finetune/austen/novels.py", "in.txt novels.txt", "1 chapters"),
     ("bpe/train_bpe.py", "--data.path=in.txt --data.vocab_size=260", "characters.png are in"),
 ]
-MISTAKES = [  # a script, its settings, and what the line says
+# A script, its settings, and words of the error.
+MISTAKES = [
     ("plot.py", "nothing.jsonl", "nothing.jsonl"),
     ("adder/adder.py", "--data.ndigit=10", "got --data.ndigit=10, expected 1 to 9"),
     ("adder/inside.py", "nothing", "there is no checkpoint at nothing"),

@@ -37,7 +37,8 @@ from mingpt.utils import cache_folder, run_script
 from peers import PEERS
 
 OURS = "this library"
-SIZES = {  # name: n_layer, n_head, n_embd, vocab_size
+# Each name has n_layer, n_head, n_embd, vocab_size.
+SIZES = {
     "toy": (2, 2, 16, 10),
     "gpt-nano": (3, 3, 48, 10),
     "gpt-mini": (6, 6, 192, 65),

@@ -78,7 +78,8 @@ def get_config() -> CfgNode:
 # -----------------------------------------------------------------------------
 # The text
 
-DATASETS = {  # name: address, sha1 of the text
+# Each name has an address and the sha1 of the text.
+DATASETS = {
     "tinyshakespeare": (
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "04486597058d11dcc2c556b1d0433891eb639d2e"),

@@ -23,10 +23,12 @@ from mingpt.run import Run
 from mingpt.utils import CfgNode, run_script, set_seed, setup_logging
 
 logger = logging.getLogger("mingpt.pixels")
-GREYS = 17  # 0 is white, 16 is black
+# 0 is white, 16 is black.
+GREYS = 17
 # How far a picture is moved: pixels down, pixels to the right.
 MOVES = [(0, 0), (-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)]
-HELD_OUT = 360  # pictures
+# So many pictures are held out.
+HELD_OUT = 360
 
 
 def get_config() -> CfgNode:
