@@ -159,7 +159,7 @@ class Encoder:
             on_merge(self.bpe_ranks[first], symbols)
 
     def _merge(self, token: str) -> list[str]:
-        """Merges as bpe does, but in n log n steps for n symbols.
+        """Merges like bpe, but in n log n steps for n symbols.
 
         A heap hands out the pairs by rank, then from left to right. A merged symbol
         stays at its left part's place; left and right lead to the neighbours.
@@ -212,7 +212,7 @@ class Encoder:
         return self._bytes_of(numbers).decode("utf-8", errors="replace")
 
     def decode_stream(self, tokens: Iterable) -> Iterator[str]:
-        """Yields the text of tokens as they come, as GPT.stream has them: whole characters only."""
+        """Yields the text of tokens that come one by one (GPT.stream): whole characters only."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in tokens:
             yield decoder.decode(self._bytes_of([int(token)]))

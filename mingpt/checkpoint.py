@@ -85,7 +85,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def plain_settings(config: Any) -> dict:
-    """Returns the settings of a configuration as JSON has them; other values as texts."""
+    """Returns the settings of a configuration in JSON's types; other values as texts."""
     settings = dict(vars(config)) if hasattr(config, "__dict__") else config
     return json.loads(json.dumps(settings, default=_as_json, skipkeys=True))
 

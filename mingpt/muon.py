@@ -43,8 +43,8 @@ class Muon(torch.optim.Optimizer):
     A group with parts=3 holds matrices stacked from three, such as query, key and
     value: each third is orthogonalized by itself. Rows that took long steps lately
     take shorter ones ("NorMuon", Li et al. 2025, algorithm 1). A step changes a weight
-    by 0.2 times the learning rate (root mean square), about as AdamW does, so that one
-    rate serves both ("Muon is Scalable for LLM Training", Liu et al. 2025, section 2.2).
+    by 0.2 times the learning rate (root mean square), about as much as AdamW, so one rate
+    serves both ("Muon is Scalable for LLM Training", Liu et al. 2025, section 2.2).
     """
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95,
@@ -75,7 +75,7 @@ class Muon(torch.optim.Optimizer):
         row_square = direction.square().mean(dim=1, keepdim=True)  # (m, 1)
         state["row_square"].lerp_(row_square, 1 - group["beta2"])
         direction = direction / (state["row_square"].sqrt() + 1e-8)
-        # Its length becomes 1, and that of the step 0.2 for each weight.
+        # Its length becomes 1. The step gets a length of 0.2 for each weight.
         direction = F.normalize(direction, dim=(0, 1))  # type: ignore[arg-type]
         length = group["lr"] * 0.2 * math.sqrt(matrix.numel())
 
@@ -104,7 +104,7 @@ class JoinedOptimizer(torch.optim.Optimizer):
 def join_muon(groups: list[dict], in_blocks: set, stacked: set, config) -> JoinedOptimizer:
     """Makes Muon for the blocks' matrices, joined with AdamW for all other parameters.
 
-    groups: AdamW's two groups, the matrices first. stacked: matrices that are three in one.
+    groups: AdamW's two groups, the matrices first. stacked: matrices stacked from three.
     """
     matrices = [p for p in groups[0]["params"] if p in in_blocks]
     rest = [p for p in groups[0]["params"] if p not in in_blocks]

@@ -397,7 +397,7 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"the weights in {folder} hold {type(tensor).__name__} as {key!r}, "
                              "expected tensors with names")
 
-    # GPT2Model saves without the prefix, as OpenAI's weights are.
+    # GPT2Model and OpenAI save without the prefix.
     if not any(key.startswith("transformer.") for key in tensors):
         tensors = {key if key == HEAD else f"transformer.{key}": tensor
                    for key, tensor in tensors.items()}

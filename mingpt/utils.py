@@ -164,7 +164,7 @@ def _read_comments(build: Callable) -> dict[str, str]:
             inner = _read_comments(build.__globals__[owner].get_default_config)
             prefix = f"{field}." if field else ""
             comments |= {prefix + name: comment for name, comment in inner.items()}
-    # What this function itself says of a field counts more.
+    # The function's own comment on a field counts more.
     return comments | dict(re.findall(r"\w+\.([\w.]+) = .*?  # (.*)", source))
 
 

@@ -1,6 +1,6 @@
 """
-What several tests share: tiny models, the vocabulary without a network, scripts in child
-processes, a web server that misbehaves. It is imported, not run.
+Holds what several tests share: tiny models, the vocabulary without a network, scripts in
+child processes, a web server that misbehaves. It is imported, not run.
 """
 
 import atexit
@@ -178,7 +178,7 @@ def _be_a_script(main: Callable, args: tuple, output: str, environment: dict) ->
 
 
 class Script:
-    """The main of a script, running in children of this process, connected as torchrun does it.
+    """Runs the main of a script in children of this process, connected as torchrun does it.
 
     Each child has RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where there are
     several. They share one output. `with` ends them all.
@@ -269,7 +269,7 @@ def run_forked(main: Callable, *args, count: int = 1, check: bool = True) -> str
 
 
 class Folder(unittest.TestCase):
-    """A test with a folder of its own."""
+    """Gives each test a folder of its own."""
 
     def setUp(self):
         folder = tempfile.TemporaryDirectory()
@@ -284,7 +284,7 @@ class Folder(unittest.TestCase):
 
 
 class WorkingFolder(Folder):
-    """A test that runs in its folder."""
+    """Runs each test in its folder."""
 
     def setUp(self):
         super().setUp()
@@ -293,7 +293,7 @@ class WorkingFolder(Folder):
 
 
 class Server(Folder):
-    """A test with a web server on this machine, which keeps the `requests` that it gets.
+    """Starts a web server on this machine, which keeps the `requests` that it gets.
 
     A test fills `files`: path -> list of answers, used in turn, the last one for ever. An answer
     is a dictionary: body, and optionally status, hang (seconds before the body) and send (how

@@ -92,7 +92,7 @@ class Scores(unittest.TestCase):
 
 
 class Inside(unittest.TestCase):
-    """The script that looks inside a model, on a model that has learned nothing."""
+    """Tests the script that looks inside, on a model that has learned nothing."""
 
     def test_a_head_switched_off_is_a_head_whose_columns_of_c_proj_are_0(self):
         dataset = make_dataset("test")

@@ -1,4 +1,4 @@
-"""What bpe.py promises, against tiktoken and tokenizers; and projects/bpe, which learns merges."""
+"""bpe.py against tiktoken and tokenizers; and projects/bpe, which learns merges."""
 
 import doctest
 import hashlib
@@ -113,7 +113,7 @@ class Merges(unittest.TestCase):
         self.assertEqual(encoder.bpe(token), " ".join(encoder._merge(token)))
 
     def test_merges_reach_every_token_of_gpt2(self):
-        """Only therefore a word may be looked up before it is merged."""
+        """Allows to look a word up before it is merged."""
         for token in ENCODER.whole_words.keys() - {EOT}:
             self.assertEqual(ENCODER._merge(token), [token])
 
@@ -237,7 +237,7 @@ class Module(Folder):
 
 
 class Download(Server):
-    """A file from a server that misbehaves: nothing broken is kept, the next call recovers."""
+    """Gets a file from a bad server: nothing broken is kept, the next call recovers."""
 
     def setUp(self):
         super().setUp()

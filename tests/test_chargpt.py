@@ -104,7 +104,7 @@ class Runs(WorkingFolder):
 
 
 class DataSets(Server):
-    """Data sets that come from a server on this machine."""
+    """Gets data sets from a server on this machine."""
 
     TEXT = "<page>Größe 世界</page>\n" * 50
 

@@ -120,7 +120,7 @@ class Talk(WorkingFolder):
         self.assertEqual(chat.read_dialogs("d.txt"), [["hey", "defgh"]])
 
     def test_an_answer_is_one_printable_line_of_at_most_half_of_the_context(self):
-        # What would clear the screen, and an answer that never ends.
+        # Signs that would clear the screen, and an answer that never ends.
         save_parrot("ab\x1b[2J\ncd" + "e" * 200)
         spoken = self.talk("h", args=["--max_new_tokens=5000"])
         self.assertEqual(spoken, "h\nbot: b [2J cd" + "e" * 96)

@@ -1,4 +1,4 @@
-"""What data.py promises: texts in one way, tokens in a file, windows, the batches of a step."""
+"""data.py: texts in one way, tokens in a file, windows, the batches of a step."""
 
 import random
 import unittest

@@ -82,7 +82,7 @@ class Finetune(WorkingFolder):
         del found[0]
         best = min(found, key=found.get)
         self.assertLess(found[best], found[20])
-        self.assertIn(f"the best model is that of step {best}\n", printed)
+        self.assertIn(f"the best model is from step {best}\n", printed)
         self.assertAlmostEqual(losses[1], found[best], delta=1e-3)
 
     def test_two_processes_save_one_model(self):

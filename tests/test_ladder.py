@@ -122,7 +122,7 @@ class Modern(unittest.TestCase):
             attention = tiny_modern(rotary=rotary, qk_norm=qk_norm).transformer.h[0].attn
             attention.fused = fused
             with self.subTest(rotary=rotary, qk_norm=qk_norm, fused=fused):
-                # The angles are those of float32.
+                # The angles are rounded to float32.
                 torch.testing.assert_close(
                     attention(x)[0], attend_by_hand(x[0], attention), atol=1e-5, rtol=0)
 

@@ -43,7 +43,7 @@ def greedy(model, use_cache=True) -> list:
 
 
 class WithModel(unittest.TestCase):
-    """A test with a model in eval mode, and a row that fills its block."""
+    """Gives each test a model in eval mode, and a row that fills its block."""
 
     def setUp(self):
         set_seed(5)
@@ -594,7 +594,7 @@ def shift(x):
 
 
 class Shifting(nn.Linear):
-    """A subclass of a known layer."""
+    """Changes a known layer in a subclass."""
 
     def forward(self, x):
         return super().forward(shift(x))
@@ -625,7 +625,7 @@ PLACES = {
 
 
 class Generation(WithModel):
-    """Whatever is put in, generation gives the tokens that it gives without a cache."""
+    """Holds generation with parts of all kinds against generation without a cache."""
 
     def test_a_strange_part_in_any_place(self):
         for place, width in PLACES.items():
@@ -652,7 +652,7 @@ class Generation(WithModel):
 
     def test_another_forward_of_the_model_counts(self):
         def add_up(idx, targets=None):
-            """The next token is the sum of all so far."""
+            """Writes as the next token the sum of all so far."""
             return F.one_hot(idx.cumsum(dim=1) % 11, 11), None
 
         class Adder(GPT):

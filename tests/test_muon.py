@@ -1,4 +1,4 @@
-"""What muon.py promises: orthogonal steps, and several optimizers that are one."""
+"""muon.py: orthogonal steps, and several optimizers that are one."""
 
 import copy
 import unittest

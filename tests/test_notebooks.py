@@ -1,5 +1,5 @@
 """
-Both notebooks, from top to bottom and without a network; what they print is what they show.
+Both notebooks, from top to bottom and without a network: they print the outputs they show.
 
     python -m unittest tests.test_notebooks
 """

@@ -1,4 +1,4 @@
-"""What surrounds the code: requirements, types, and the files of a distribution."""
+"""The surroundings of the code: requirements, types, and the files of a distribution."""
 
 import ast
 import importlib.util

@@ -37,7 +37,7 @@ def write_json(path: Path, content) -> None:
 
 
 def hub_weights(model: GPT) -> dict:
-    """The weights of a model as GPT2LMHeadModel names and stores them, without a tied head."""
+    """Returns a model's weights in GPT2LMHeadModel's names and form, without a tied head."""
     arrays = openai_layout(model)
     if model.is_tied:
         del arrays["lm_head.weight"]
@@ -82,7 +82,7 @@ class Seeded(Folder):
         torch.manual_seed(1)
 
     def refused(self, pattern: str, load=GPT.from_pretrained, error=ValueError) -> None:
-        """A folder of strangers is refused in one line, which names the fault."""
+        """Checks that a folder is refused in one line, which names the fault."""
         with self.subTest(pattern):
             with self.assertRaisesRegex(error, pattern) as caught:
                 load(self.folder)
@@ -461,7 +461,7 @@ class Vocabularies(Seeded):
 
 
 class Hub(Seeded):
-    """A folder stands for the hub, and a function for huggingface_hub."""
+    """Puts a folder in the hub's place, and a function in huggingface_hub's."""
 
     def setUp(self):
         super().setUp()

@@ -180,7 +180,7 @@ class Reports(WorkingFolder):
 
 
 class Stops(Folder):
-    """However a run ends, its last good step is saved."""
+    """Ends runs in all ways: the last good step is saved."""
 
     def test_a_model_is_validated_before_the_first_step(self):
         run = make_run(work_dir=self.folder / "new", val_dataset=Pairs(), keep_best=True)
@@ -598,7 +598,7 @@ class Signals(Folder):
 
 @unittest.skipIf(os.name == "nt", "torchrun needs a torch with libuv")
 class Processes(Folder):
-    """Two or three processes do what one does."""
+    """Holds two or three processes against one."""
 
     def run_in(self, count, name, *args) -> str:
         return run_forked(train_script.main, "--dropout=0.0", f"--work_dir={self.folder / name}",
@@ -608,7 +608,7 @@ class Processes(Folder):
         return torch.tensor([row["loss"] for row in read_metrics(self.folder / name)])
 
     def assert_equal_runs(self, name, other):
-        """Sums of float32 in another order differ by rounding, which 30 steps carry on."""
+        """Compares up to rounding: float32 adds up in another order, in 30 steps."""
         torch.testing.assert_close(self.losses(name), self.losses(other), atol=1e-4, rtol=1e-4)
         models = [read_checkpoint(self.folder / folder / "checkpoint.pt")["model"]
                   for folder in (name, other)]

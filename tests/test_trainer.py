@@ -57,7 +57,7 @@ def at_step(trainer, number, act) -> None:
 
 
 class Regression(torch.nn.Module):
-    """A module that is no GPT: it has neither configure_optimizers nor count_targets."""
+    """Stands for a module without configure_optimizers and count_targets."""
 
     def __init__(self):
         super().__init__()
@@ -69,7 +69,7 @@ class Regression(torch.nn.Module):
 
 
 class Bigrams(torch.nn.Module):
-    """A module whose loss is NaN where no target counts."""
+    """Returns a loss of NaN where no target counts."""
 
     def __init__(self):
         super().__init__()
@@ -190,7 +190,7 @@ class Batches(unittest.TestCase):
 
 
 class Targets(unittest.TestCase):
-    """A loss is the mean over the targets that count, however the step is cut."""
+    """Cuts a step in all ways: its loss is the mean over the targets that count."""
 
     def test_a_step_against_plain_torch(self):
         for make, steps in itertools.product((no_dropout, Bigrams), (1, 4, 12)):
@@ -256,7 +256,7 @@ class Rates(unittest.TestCase):
 
 
 class Interruptions(unittest.TestCase):
-    """A run that Ctrl-C interrupted goes on where it was when run() is called again."""
+    """Interrupts runs by Ctrl-C: the next run() goes on where it was."""
 
     def left_by(self, error, **settings) -> Trainer:
         """Returns a trainer with two of four steps done."""

@@ -21,7 +21,7 @@ from mingpt.utils import CfgNode, run_script, set_seed
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Rows of 9 tokens, each a function of its number alone; it notes which are drawn."""
+    """Holds rows of 9 tokens, each a function of its number alone; notes which are drawn."""
 
     def __init__(self):
         self.drawn = []
@@ -37,7 +37,7 @@ class Pairs(torch.utils.data.Dataset):
 
 
 class Masked(Pairs):
-    """Between none and all of the targets count, and none in two rows of three."""
+    """Leaves none to all of the targets to count, and none in two rows of three."""
 
     def __getitem__(self, index):
         x, y = super().__getitem__(index)

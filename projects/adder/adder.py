@@ -7,7 +7,7 @@ Teaches a GPT to add two numbers of n digits.
 The problem 85 + 50 = 135 becomes the row of tokens 8 5 5 0 5 3 1. It has no
 signs, since each number has a fixed length. The sum begins with its last
 digit, as on paper: a carry then comes from digits that are already written.
-The model learns to predict the digits of the sum; those of the problem do not
+The model learns to predict the digits of the sum; the problem's digits do not
 count.
 """
 

@@ -1,7 +1,7 @@
 """
 GPT-2 as others build it, for bench.py: the same sizes and weights, another way to compute.
 
-    model = PEERS["transformers"](config)       # config: that of a mingpt.model.GPT
+    model = PEERS["transformers"](config)       # the config of a mingpt.model.GPT
     logits, loss = model(x, y)
     idx = model.generate(idx, 20)               # takes the likeliest token each time
 

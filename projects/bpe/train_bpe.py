@@ -1,5 +1,5 @@
 """
-Learns a vocabulary from a text by byte-pair encoding, as the one of GPT-2 was learned.
+Learns a vocabulary from a text by byte-pair encoding, in GPT-2's way.
 
     python projects/bpe/train_bpe.py                          # from Python's own help texts
     python projects/bpe/train_bpe.py --data.path=input.txt    # from a text file

@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 matplotlib.rcParams["svg.hashsalt"] = "minGPT"
 METADATA = {"Date": None}
 
-# What each colour paints, on a white page and on a dark one.
+# Each colour's name says which part it paints: on a white page, on a dark one.
 LIGHT = {
     "text": "#1f2328", "shape": "#59636e", "edge": "#8c959f", "panel": "#f6f8fa",
     "embedding": "#ddf4ff", "attention": "#fff1cc", "mlp": "#dafbe1", "head": "#fbe4f2",

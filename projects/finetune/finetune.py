@@ -37,7 +37,7 @@ def get_config() -> CN:
     C.system.mode = "train"  # or 'sample': write text with the result, or with --model.name
     C.system.seed = 3407
     C.system.work_dir = "./out/finetune"  # where the log, the metrics and the model go
-    C.system.prompt = ""  # the start of a sample; empty takes that of the validation text
+    C.system.prompt = ""  # the start of a sample; empty takes the validation text's
     C.system.length = 200  # tokens of a sample
     C.system.temperature = 0.8  # of a sample; 0 takes the likeliest token each time
     C.system.top_k = 40  # a token of a sample is drawn from this many likely ones
@@ -203,7 +203,7 @@ def train(config: CN) -> None:
     best = gather(best)[0]
     if best is not None:
         model.load_state_dict(best["model"])
-        logger.info(f"the best model is that of step {best['step']}")
+        logger.info(f"the best model is from step {best['step']}")
     # The model is safe before anything else can fail.
     if rank() == 0:
         model.save_pretrained(work_dir / "model")

@@ -233,7 +233,7 @@ def train(rung: Rung, config: CfgNode, max_iters: int, train_tokens: np.ndarray,
     settings.optimizer = rung.optimizer
     settings.learning_rate = rung.learning_rate
     if rung.optimizer == "adamw":
-        # The first steps of AdamW would be too large, those of Muon are not.
+        # AdamW's first steps would be too large, Muon's are not.
         settings.warmup_iters = max_iters // 10
     run = Run(settings, model, TokenDataset(train_tokens, T))
 

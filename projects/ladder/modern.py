@@ -1,5 +1,5 @@
 """
-What came after GPT-2, as changes to mingpt's GPT that can be switched off one by one.
+Changes mingpt's GPT by inventions that came after GPT-2; each can be switched off.
 
     config = ModernGPT.get_default_config()
     config.qk_norm = False                      # one of five switches
