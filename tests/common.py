@@ -178,7 +178,7 @@ def _be_a_script(main: Callable, args: tuple, output: str, environment: dict) ->
 
 
 class Script:
-    """Runs the main of a script in children of this process, connected as torchrun does it.
+    """Runs the main of a script in children of this process, connected in torchrun's way.
 
     Each child has RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where there are
     several. They share one output. `with` ends them all.

@@ -66,7 +66,7 @@ def compute_logits(weights, tokens, n_head):
 
 
 def openai_layout(model):
-    """Returns the weights of a GPT of this library as OpenAI names and stores them."""
+    """Returns the weights of a GPT of this library in OpenAI's names and layout."""
     weights = {}
     for name, tensor in model.state_dict().items():
         array = tensor.double().numpy()

@@ -249,7 +249,7 @@ def plain_probs(logits: list, temperature: float, top_k: int | None, top_p: floa
 
 
 def plain_generate(model, idx, max_new_tokens, temperature=1.0, do_sample=False, top_k=None):
-    """Writes as minGPT does: reads the whole window for every token, one draw a step."""
+    """Writes in minGPT's way: reads the whole window for every token, one draw a step."""
     for _ in range(max_new_tokens):
         logits = model(idx[:, -model.block_size:])[0][:, -1]  # (B, V)
         # The likeliest token is drawn if no other one is left.

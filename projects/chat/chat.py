@@ -41,7 +41,7 @@ HELP = """\
 /undo       forget the last question and its answer
 /save FILE  add the dialog to a text file, in the form that --train reads
 /help       show this
-/quit       leave, as exit and Ctrl-D do; Ctrl-C stops an answer"""
+/quit       leave (exit and Ctrl-D, too); Ctrl-C stops an answer"""
 
 
 def get_config() -> CN:
