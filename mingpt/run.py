@@ -195,7 +195,7 @@ class Run(Trainer):
         rate = self._targets_per_step / seconds
         line = (f"step {self.steps_done:>6}  loss {loss:.4f}  lr {lr:.1e}  "
                 f"{1000 * seconds:7.2f} ms  {rate:>9,.0f} tok/s")
-        left = (self.step_limit() - self.steps_done) * seconds
+        left = max(0, self.step_limit() - self.steps_done) * seconds
         # Beyond 100,000 minutes nobody waits for the end.
         if left < 6e6:
             minutes, rest = divmod(round(left), 60)

@@ -147,6 +147,17 @@ class Reports(WorkingFolder):
                         run.run()
                 self.assertEqual((run.iter_num, len(logged.output)), (2, 2))
 
+    def test_a_run_that_is_shortened_has_no_time_left(self):
+        def shorten(run):
+            run.config.max_iters = 0
+            run.elapsed = 60.0
+
+        run = make_run(max_iters=9, log_interval=9)
+        at_step(run, 3, shorten)
+        with self.assertLogs("mingpt", "INFO") as logged:
+            run.run()
+        self.assertRegex(logged.output[-1], "step +4 .* 0:00 left$")
+
     def test_the_wait_for_a_gpu_belongs_to_the_step_that_waits(self):
         times = [0.0]
         # A torch that is built for GPUs asks it, too.
