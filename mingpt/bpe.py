@@ -133,6 +133,7 @@ class Encoder:
             return (self.whole_words[spelled],)
         else:
             symbols = self._merge(spelled)
+
         try:
             return tuple([self.encoder[symbol] for symbol in symbols])
         except KeyError as error:
@@ -204,6 +205,7 @@ class Encoder:
                 "token_merged": [self.decoder[token] for token in tokens],
                 "token_ix": list(tokens),
             })
+
         return {"bpe_idx": self.encode(text), "tokens": words, "parts": parts}
 
     def decode(self, tokens: Iterable) -> str:
@@ -238,6 +240,7 @@ class TokenCache(dict):
             tokens = self.encode_word(piece)
         else:
             tokens = tuple(chain.from_iterable(map(self.__getitem__, words)))
+
         if len(self) >= CACHED_PIECES:
             # The frequent pieces are soon back.
             self.clear()

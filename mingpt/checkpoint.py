@@ -56,6 +56,7 @@ def make_plain(value: Any, name: str = "checkpoint") -> Any:
         return value.item()
     if type(value) in PLAIN_TYPES or isinstance(value, Tensor):
         return value
+
     raise ValueError(f"got a {type(value).__name__} as {name}, which a checkpoint cannot hold; "
                      "expected tensors, numbers, texts, lists, tuples and dictionaries")
 
@@ -69,6 +70,7 @@ def read_checkpoint(path: str | Path) -> dict:
     if not path.is_file():
         raise ValueError(f"there is no checkpoint at {path}; "
                          "start without resume, or check the folder")
+
     try:
         with zipfile.ZipFile(path) as archive:
             # This compares checksums, which torch.load does not.
@@ -79,6 +81,7 @@ def read_checkpoint(path: str | Path) -> dict:
         # Each library has errors of its own for a broken file. The text of
         # torch's would advise to load the file without its guard.
         raise ValueError(f"{path} is damaged or no checkpoint: {type(error).__name__}") from None
+
     if not isinstance(content, dict) or "random_states" not in content:
         raise ValueError(f"{path} is no checkpoint of a run")
     return content
@@ -122,6 +125,7 @@ def check_fits(content: dict, model: nn.Module, optimizer: Any, path: str | Path
             here = str(own.get(name, "nothing"))[:80]
             raise ValueError(f"{path} is a checkpoint of another model: {name} is {there} in "
                              f"the file and {here} in the model")
+
     if not _groups_fit(content["optimizer"], optimizer.state_dict()):
         raise ValueError(f"{path} was written with another optimizer, or other layers were "
                          "trained; resume with the same")

@@ -38,6 +38,7 @@ def _read_parts(path: str | Path) -> Iterator[str]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"there is no text file {path}")
+
     last_cut = regex.compile(r"(?r)\S(?=\s)")
     rest = ""
     with open(path, encoding="utf-8-sig") as file:
@@ -168,6 +169,7 @@ def load_batches(dataset, index_lists: Iterable[list[int]], num_workers: int = 0
     loader = DataLoader(dataset, batch_sampler=index_lists, num_workers=num_workers,
                         collate_fn=_collate, pin_memory=pin_memory, generator=generator,
                         worker_init_fn=_ignore_signals)
+
     for batch in loader:
         match batch:
             case torch.Tensor(), torch.Tensor():

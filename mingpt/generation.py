@@ -78,6 +78,7 @@ def _write(model: Any, idx: Tensor, max_new_tokens: int, choose: Callable,
     pieces = [idx[:, -block_size:]]  # (B, T), (B, 1), (B, 1), ...
     T = pieces[0].size(1)
     stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)  # (B, 1)
+
     for _ in range(max_new_tokens):
         if cache is None:
             # The model reads the last block_size tokens anew.
@@ -90,10 +91,12 @@ def _write(model: Any, idx: Tensor, max_new_tokens: int, choose: Callable,
             # A part that leaves its cache empty does not take part.
             if T == block_size or any(part.length != T for part in cache):
                 cache = None
+
         token = choose(logits[:, -1])  # (B, V) -> (B, 1)
         if stop_token is not None:
             token = token.masked_fill(stopped, stop_token)
             stopped = token == stop_token
+
         pieces.append(token)
         T += 1
         yield token
@@ -135,6 +138,7 @@ def logits_to_probs(logits: Tensor, temperature: float = 1.0, top_k: int | None 
         k = min(top_k, logits.size(-1))
         kth = logits.topk(k).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -torch.inf)
+
     probs = logits.softmax(dim=-1)
     if top_p is not None:
         ordered, order = probs.sort(dim=-1, descending=True)  # (B, V) each
@@ -183,10 +187,12 @@ def can_cache(model: Any, foreign: list) -> bool:
     blocks = getattr(model.transformer, "h", None)
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
         return False
+
     for block in blocks:
         attention = getattr(block, "attn", block)
         if not takes_cache(block.forward) or not takes_cache(attention.forward):
             return False
+
     for module in model.modules():
         # Attention by a mask of its own may look ahead. A scripted module's
         # buffers have no method get.

@@ -67,6 +67,7 @@ class CausalSelfAttention(nn.Module):
         if config.n_embd % config.n_head:
             raise ValueError(
                 f"got n_embd={config.n_embd}, expected a multiple of n_head={config.n_head}")
+
         # One matrix computes query, key and value of all heads.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
@@ -75,6 +76,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.n_embd = config.n_embd
         self.block_size = config.block_size
+
         # For programs of minGPT, which read or set its mask: see bias below.
         self.register_buffer("_mask", None, persistent=False)
 
@@ -304,6 +306,7 @@ class GPT(nn.Module):
         if end > self.block_size:
             raise ValueError(
                 f"got {end} tokens in a row, but block_size is {self.block_size}; shorten it")
+
         pos = torch.arange(past, end, device=idx.device).unsqueeze(0)  # (1, T)
         parts = self.transformer
         x = parts.drop(parts.wte(idx) + parts.wpe(pos))  # (B, T, C) + (1, T, C)
@@ -440,6 +443,7 @@ def complete_config(config: CN, complete: CN) -> CN:
         if hasattr(config, name) and not name.startswith("_"):
             setattr(complete, name, getattr(config, name))
     fill_in(complete, {}, known, "GPT")
+
     model_type = complete.model_type
     if model_type not in (*PRESETS, "gpt", None):
         raise ValueError(f"got model_type={model_type!r}, expected {', '.join(PRESETS)}; "
@@ -449,6 +453,7 @@ def complete_config(config: CN, complete: CN) -> CN:
             raise ValueError(f"model_type {model_type!r} means {name}={size}, but "
                              f"{name}={getattr(complete, name)} is given; give one of them")
         setattr(complete, name, size)
+
     check_config(complete, RULES)
     return complete
 
@@ -463,6 +468,7 @@ def _adapt_state_dict(model: GPT, state: dict, prefix: str, *args) -> None:
     for name, mask in model.named_buffers(prefix.removesuffix(".")):
         if name.endswith(".attn.bias") and name in own:
             state.setdefault(name, mask)
+
     name = prefix + "lm_head.weight"
     wte = state.get(prefix + "transformer.wte.weight")
     if wte is None or name not in own or own[name].shape != wte.shape:

@@ -226,12 +226,14 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         # These two compute nothing when a model is used.
         if isinstance(module, nn.Dropout) or type(module) is nn.Identity:
             continue
+
         # A whole model may compute a loss of its own.
         forward = "features" if module is model else "forward"
         for field in (forward, "attend", "compute_qkv", "mlpf", "eps", "n_head", "approximate"):
             value = getattr(module, field, None)
             # Methods of two modules are the same if their function is.
             parts[f"{name}.{field}"] = getattr(value, "__func__", value)
+
         mask = getattr(module, "_mask", None)
         is_causal = mask is None or torch.equal(mask != 0, torch.ones_like(mask).tril() != 0)
         parts[f"{name}.mask"] = is_causal
@@ -254,6 +256,7 @@ def load_encoder(name: str | Path, vocab_size: int | None = None) -> Encoder:
     if vocab_size == 50257 and not files:
         return get_encoder()
     rows = math.inf if vocab_size is None else vocab_size
+
     try:
         if "tokenizer.json" in files:
             vocabulary, merges, added = _read_tokenizer(folder / "tokenizer.json")
@@ -303,6 +306,7 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> None:
     # Everybody knows <|endoftext|>, if it is in the vocabulary.
     added = {token: number for token, number in encoder.special_tokens.items()
              if token != "<|endoftext|>" or encoder.encoder.get(token) != number}
+
     for name, text in (
         ("vocab.json", json.dumps(encoder.encoder)),
         ("merges.txt", "\n".join(["#version: 0.2", *pairs]) + "\n"),
@@ -321,11 +325,13 @@ def _find_folder(name: str | Path) -> Path:
     name = os.path.expanduser(os.fspath(name))
     if os.path.isdir(name):
         return Path(name)
+
     repository = HUB_NAMES.get(name, name)
     # No part begins with a dot, so no name leads out of the hub's folder.
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository, re.ASCII):
         raise FileNotFoundError(
             f"there is no folder {name!r}; on the hub, names have the form 'owner/repository'")
+
     try:
         from huggingface_hub import snapshot_download
         # The second form of weights is fetched only if the first is missing.

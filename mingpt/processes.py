@@ -45,6 +45,7 @@ def choose_device(name: str) -> str:
     device = name
     if name == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+
     try:
         if world_size() > 1 and device == "cuda":
             # Each process of a machine has a GPU of its own.
@@ -70,6 +71,7 @@ def connect() -> None:
     if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError("got RANK without WORLD_SIZE in the environment, expected both; "
                          "torchrun sets them")
+
     if world_size() > 1 and not dist.is_initialized():
         # Loaded now: DistributedDataParallel would load it later and keep the
         # process group alive.

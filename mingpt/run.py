@@ -62,6 +62,7 @@ class Run(Trainer):
             raise ValueError("got work_dir in the settings, expected it as an argument of Run")
         if val_dataset is not None:
             count_examples(val_dataset)
+
         self.work_dir = Path(work_dir).expanduser()
         self.writes = bool(work_dir)
         self.val_dataset = val_dataset
@@ -70,6 +71,7 @@ class Run(Trainer):
         self.elapsed = 0.0
         # A resumed run puts the random generators back.
         self._random_state: dict | None = None
+
         if config.resume:
             path = self.work_dir / "checkpoint.pt"
             if config.resume is True or path.exists():
@@ -90,6 +92,7 @@ class Run(Trainer):
             self.best_loss = math.inf
             self.elapsed = 0.0
         self._last_report = (self.steps_done, self.elapsed)
+
         if self.writes and self.rank == 0:
             # A value that cannot be read back is refused now, not after hours.
             checkpoint.make_plain(self._content([]))
@@ -120,6 +123,7 @@ class Run(Trainer):
         # One process that gets a signal, or calls stop(), ends the run for all.
         is_told = processes.any_process(self.signals.received is not None)
         self.is_stopping = processes.any_process(self.is_stopping)
+
         if self._is_due("log"):
             self.report()
         if self.val_dataset is not None and self._is_due("eval"):
@@ -127,6 +131,7 @@ class Run(Trainer):
         if self.writes and (is_told or self.is_done() or self._is_due("checkpoint")):
             self._check_finite()
             self.save_checkpoint(self.work_dir / "checkpoint.pt")
+
         if is_told and not self.is_done():
             hint = "; saved, --trainer.resume=True continues" if self.writes else ""
             logger.info(f"stopped after step {self.steps_done}{hint}")
@@ -188,11 +193,13 @@ class Run(Trainer):
         loss = processes.sum_over_processes(float(self.loss)) / self.world_size
         groups = groups_of(self.optimizer)
         lr = groups[0]["lr"] if groups else math.nan
+
         steps, elapsed = self._last_report
         self._last_report = (self.steps_done, self.elapsed)
         # A coarse clock may not have moved.
         seconds = max(self.elapsed - elapsed, 1e-9) / max(1, self.steps_done - steps)
         rate = self._targets_per_step / seconds
+
         line = (f"step {self.steps_done:>6}  loss {loss:.4f}  lr {lr:.1e}  "
                 f"{1000 * seconds:7.2f} ms  {rate:>9,.0f} tok/s")
         left = max(0, self.step_limit() - self.steps_done) * seconds
@@ -200,6 +207,7 @@ class Run(Trainer):
         if left < 6e6:
             minutes, rest = divmod(round(left), 60)
             line += f"  {minutes}:{rest:02} left"
+
         logger.info(line)
         self.write_metrics(split="train", loss=loss, lr=lr, grad_norm=self.grad_norm,
                            tokens_per_second=round(rate), seconds=round(self.elapsed, 3))
@@ -236,6 +244,7 @@ class Run(Trainer):
         if not hasattr(self.optimizer, "state"):
             raise ValueError(f"got a {type(self.optimizer).__name__} as the optimizer, which a "
                              "checkpoint cannot hold; expected one with state and param_groups")
+
         return {
             "model": checkpoint.model_state(self.model),
             "model_config": checkpoint.plain_settings(getattr(self.model, "config", {})),

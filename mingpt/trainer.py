@@ -151,6 +151,7 @@ class Trainer:
             self.goes_on = True
             logger.info(f"interrupted after step {self.steps_done}; run() goes on from there")
             raise
+
         processes.barrier()
         self.runs_done += 1
         self.trigger_callbacks("on_train_end")
@@ -160,6 +161,7 @@ class Trainer:
         count_examples(self.train_dataset)
         before = self.optimizer
         self.optimizer = self.make_optimizer()
+
         if self.goes_on:
             carry_over(before, self.optimizer, keeps_rates=not self.has_schedule)
             logger.info(f"going on after step {self.steps_done}")
@@ -173,6 +175,7 @@ class Trainer:
             if self.rank > 0:
                 # Dropout differs between processes.
                 torch.manual_seed(self.seed + self.rank)
+
         self.iter_num = self.steps_done
         self.iter_time = time.time()
         self.goes_on = False
@@ -199,6 +202,7 @@ class Trainer:
         else:
             raise ValueError(f"got optimizer={config.optimizer!r} for a model without "
                              "configure_optimizers, expected 'adamw'")
+
         # A schedule multiplies the rate that each group starts with.
         for group in groups_of(optimizer):
             group.setdefault("initial_lr", group["lr"])
@@ -242,6 +246,7 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         self.loss = torch.zeros((), device=self.device)
         self.grad_norm = torch.zeros((), device=self.device)
+
         # A micro-batch counts by its share of all targets.
         counts = [self.count_targets(y) for _, y in micro_batches]
         total = processes.sum_over_processes(sum(counts))
@@ -263,6 +268,7 @@ class Trainer:
         learned = [i for i, share in enumerate(shares) if share > 0]
         if not learned:
             learned = [0]
+
         for i in learned:
             network.require_backward_grad_sync = i == learned[-1]
             loss = self.compute(network, *micro_batches[i])[1]
@@ -311,6 +317,7 @@ class Trainer:
             return min(1.0, (step + 1) / warmup)
         if config.schedule == "constant":
             return 1.0
+
         share = min(1.0, (step - warmup) / max(1, self.decay_end() - warmup))
         height = 1 - share
         if config.schedule == "cosine":
@@ -349,6 +356,7 @@ def carry_over(before: Any, optimizer: Any, keeps_rates: bool) -> None:
         return
     parameters = {p for group in optimizer.param_groups for p in group["params"]}
     optimizer.state.update({p: state for p, state in before.state.items() if p in parameters})
+
     # Some optimizers also count in their groups. Settings stay the new ones.
     settings = ("params", "lr", "initial_lr", "betas", "momentum", "weight_decay")
     for old, new in zip(before.param_groups, optimizer.param_groups):
@@ -357,6 +365,7 @@ def carry_over(before: Any, optimizer: Any, keeps_rates: bool) -> None:
         # A rate that a schedule has reached ends with the schedule.
         if keeps_rates and old.get("initial_lr") == new["initial_lr"]:
             new["lr"] = old["lr"]
+
     # A scheduler of torch may hold the earlier one: both get the same list.
     before.param_groups[:] = optimizer.param_groups
     optimizer.param_groups = before.param_groups

@@ -355,6 +355,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     for leftover in path.parent.glob(glob.escape(path.name) + ".[0-9]*.tmp"):
         leftover.unlink(missing_ok=True)
+
     part = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with naming_file(path):
@@ -378,6 +379,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     # A terminal may lack UTF-8. A notebook's stdout, or None, cannot change.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
+
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:

@@ -25,11 +25,13 @@ def read_rows(path: Path) -> list[dict]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
+
     try:
         rows = [json.loads(line) for line in lines]
         rows = [row for row in rows if row.get("split") in ("train", "val")]
     except (ValueError, AttributeError):
         rows = []
+
     # A loss that was not finite is written as null.
     rows = [row for row in rows if row.get("loss") is not None]
     if not rows:

@@ -142,6 +142,7 @@ def answer(model: GPT, dataset: AdditionDataset,
     for part in np.array_split(problems, math.ceil(len(problems) / 1000)):
         prompt = dataset.digits(part)[:, :2 * n].to(device)  # (B, 2n)
         written.append(model.generate(prompt, n + 1)[:, 2 * n:].cpu().numpy())  # (B, n + 1)
+
     digits = np.concatenate(written)
     if dataset.config.reverse:
         digits = digits[:, ::-1]

@@ -78,12 +78,14 @@ def draw_heads(att: torch.Tensor, names: list[str], path: Path) -> None:
     n_layer, n_head, T, _ = att.shape
     figure = Figure(figsize=(3 * n_head, 1.8 * n_layer), layout="constrained")
     axes = figure.subplots(n_layer, n_head, sharex=True, sharey=True, squeeze=False)
+
     for (layer, head), panel in np.ndenumerate(axes):
         weights = att[layer, head, T * 2 // 3 - 1:]  # (n + 1, T)
         # The mask hides later digits: their weight is 0, their cells stay gray.
         image = panel.imshow(np.ma.masked_equal(weights, 0), cmap="Blues", vmin=0, vmax=1)
         panel.set_facecolor("0.85")
         panel.set_title(f"block {layer}, head {head}", fontsize=10)
+
     panel.set_xticks(range(T), names[:T])
     panel.set_yticks(range(T // 3 + 1), names[T * 2 // 3:])
     figure.supxlabel("looks at")

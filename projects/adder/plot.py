@@ -27,6 +27,7 @@ def main() -> None:
     for name, label in (("digits1", "1 digit"), ("digits2", "2 digits"), ("digits3", "3 digits")):
         steps, scores = read_scores(HERE / "results" / f"{name}.jsonl")
         axes.plot([0, *steps], [0, *scores], label=label)
+
     axes.set_xlabel("step")
     axes.set_ylabel("held-out sums right, % (higher is better)")
     axes.set_ylim(-2, 102)

@@ -117,6 +117,7 @@ class Bench:
         print(f"\n{self.part}: {case}")
         title = "  of matrix rate" if shares else ""
         print(f"  {'':20}{'ms':>10}{'from':>10}{'to':>10}{unit:>12}{'ratio':>7}{title}")
+
         for name, values in times.items():
             value = median(values)
             row = dict(part=self.part, case=case, way=name, ms=value, low=min(values),
@@ -236,6 +237,7 @@ def bench_generate(bench: Bench) -> None:
         with torch.device(bench.device):
             models = make_models(size, PROMPT + new, pdrop=0.0)
             idx = torch.randint(SIZES[size][3], (B, PROMPT))
+
         ways = {}
         for name, model in models.items():
             model.to(bench.dtype).eval()
@@ -300,6 +302,7 @@ def draw(rows: list[dict], path: Path) -> None:
     """Draws a panel for each case: bars of the medians, lines from the fastest to the slowest."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
     figure = Figure(figsize=(8, 1.9 * len(cases)), layout="constrained")
+
     for panel, case in zip(figure.subplots(len(cases), squeeze=False)[:, 0], cases):
         own = [row for row in rows if row["case"] == case]
         names = [row["way"] for row in own]
@@ -342,6 +345,7 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results",
                         help="folder for rows and pictures")
     options = parser.parse_args(args)
+
     for part in options.parts:
         if part not in PARTS:
             raise ValueError(f"got the part {part!r}, expected {', '.join(PARTS)}")

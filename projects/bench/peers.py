@@ -41,6 +41,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = [part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for part in self.c_attn(x).chunk(3, dim=-1)]  # (B, nh, T, hs) each
+
         if self.mask is None:
             dropout_p = self.weight_dropout.p if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
@@ -48,6 +49,7 @@ class Attention(nn.Module):
             scores = q @ k.transpose(2, 3) / math.sqrt(q.size(-1))  # (B, nh, T, T)
             scores = scores.masked_fill(self.mask[:T, :T] == 0, -math.inf)
             y = self.weight_dropout(scores.softmax(dim=-1)) @ v
+
         joined = y.transpose(1, 2).flatten(2)  # (B, nh, T, hs) -> (B, T, C)
         return self.out_dropout(self.c_proj(joined))
 
@@ -94,6 +96,7 @@ class PlainGPT(nn.Module):
             h=nn.ModuleList([Block(c, by_formula=as_mingpt) for _ in range(c.n_layer)]),
             ln_f=nn.LayerNorm(c.n_embd),
         ))
+
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if not as_mingpt:
             self.lm_head.weight = self.transformer.wte.weight

@@ -101,6 +101,7 @@ def train_bpe(text: str, vocab_size: int) -> Encoder:
         raise ValueError(f"got vocab_size={vocab_size}, expected 257 or more: bytes take 256")
     vocabulary = {symbol: number for number, symbol in enumerate(BYTES.values())}
     merges = []
+
     for pair, _ in learn_merges(text):
         if len(vocabulary) == vocab_size - 1:
             break

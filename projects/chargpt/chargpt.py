@@ -130,6 +130,7 @@ def find_text(name: str) -> str:
         return fetch(name).read_bytes().decode("latin-1")
     if name in DATASETS:
         return read_text(fetch(name))
+
     near = difflib.get_close_matches(name, DATASETS, 1)
     if near and not Path(name).exists():
         raise ValueError(f"there is no text file {name}; did you mean {near[0]}?")

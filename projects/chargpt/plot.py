@@ -32,6 +32,7 @@ def main() -> None:
         axes.plot(steps, losses, "o-", ms=3, label=label)
         axes.annotate(f"{losses[-1]:.2f}", (steps[-1], losses[-1]), xytext=(6, -3),
                       textcoords="offset points")
+
     axes.axhline(NANOGPT, color="gray", linestyle="--")
     axes.text(2130, NANOGPT + 0.01, f"nanoGPT after 2,000 steps: {NANOGPT}", color="gray",
               ha="right")

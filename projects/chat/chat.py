@@ -106,6 +106,7 @@ def read_dialogs(path: str) -> list[list[str]]:
     """Reads dialogs as lists of turns: question, answer, question, answer, ..."""
     lines = read_text(path).split("\n")
     dialogs: list[list[str]] = [[]]
+
     # The empty line at the end closes the last dialog.
     for number, line in enumerate([*lines, ""]):
         if line.strip():
@@ -134,6 +135,7 @@ class DialogDataset(Dataset):
             raise ValueError(f"got --gpt.block_size={block_size}, expected at least {needed}, "
                              "twice the longest turn")
         targets = [turn if i % 2 else [-1] * len(turn) for i, turn in enumerate(turns)]
+
         self.tokens = torch.tensor(list(chain(*turns)))  # (N,)
         self.targets = torch.tensor(list(chain(*targets)))  # (N,)
         begins = torch.tensor([0, *lengths]).cumsum(0)  # (turns + 1,)
@@ -226,6 +228,7 @@ def train(config: CN) -> None:
                 asked += 1
                 if got != dialog[i]:
                     wrong.append(f"{dialog[i - 1]!r} got {got!r}, not {dialog[i]!r}")
+
         right = asked - len(wrong)
         lines = [f"{right} of {asked} held-out questions answered right", *wrong[:3]]
         logger.info("\n".join(lines))
@@ -257,6 +260,7 @@ def run_command(line: str, dialog: list[str]) -> str:
         return HELP
     else:
         return f"there is no {command}; /help shows what there is"
+
     return f"questions and answers left: {len(dialog) // 2}"
 
 
@@ -322,6 +326,7 @@ def say_next(model: GPT, encoder: Encoder, dialog: list[str], question: str, con
         # The question is too long.
         print(error)
         return
+
     print("bot: ", end="", flush=True)
     said = ""
     # After Ctrl-C the answer is what was said so far.
@@ -331,6 +336,7 @@ def say_next(model: GPT, encoder: Encoder, dialog: list[str], question: str, con
             shown = "".join(char if char.isprintable() else " " for char in piece)
             print(shown, end="", flush=True)
             said += shown
+
     if said.strip():
         print()
         dialog += [question, said.strip()]

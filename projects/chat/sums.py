@@ -39,6 +39,7 @@ def write_dialogs(count: int = 300) -> list[list[str]]:
     pairs = [(a, b) for a in range(100) for b in range(a + 1)]
     sums = rng.sample(pairs, 3 * count)
     dialogs = []
+
     for i in range(count):
         exchanges = []
         for pair in sums[3 * i:3 * i + 3]:

@@ -175,6 +175,7 @@ def draw(colours: dict[str, str], path: Path) -> None:
     axes.set_axis_off()
     axes.set_xlim(0, 120)
     axes.set_ylim(-7, 96)
+
     pen = Pen(axes, colours)
     draw_model(pen)
     draw_block(pen)

@@ -123,6 +123,7 @@ def start_fresh(config: CN) -> tuple[GPT, Encoder]:
     settings.attn_pdrop = dropout
     # A large vocabulary is most of a small model, so one matrix serves twice.
     settings.tie_weights = True
+
     return GPT(settings), encoder
 
 
@@ -131,6 +132,7 @@ def encode_text(config: CN, encoder: Encoder) -> tuple[np.ndarray, np.ndarray]:
     text = read_text(config.data.path)
     if not text:
         raise ValueError(f"{config.data.path} is empty, expected a text")
+
     tokens = np.array(encoder.encode(text, encoder.special_tokens))
     split = len(tokens) * 9 // 10
     # A window and the token after it must fit into the last tenth.
@@ -183,6 +185,7 @@ def train(config: CN) -> None:
         if run.iter_num == 0:
             # The curve of the validation loss begins here.
             run.write_metrics(split="val", loss=loss)
+
         idx = torch.tensor([prompt], device=run.device)  # (1, T)
         written = model.generate(idx, config.system.length, config.system.temperature, True,
                                  config.system.top_k)[0]
@@ -245,6 +248,7 @@ def main(args: list[str]) -> None:
         ("temperature", lambda v: 0 <= v < math.inf, "0 (the likeliest token) or more"),
         ("top_k", lambda v: v >= 1, "1 or more"),
     ))
+
     set_seed(config.system.seed)
     if config.system.mode == "sample":
         sample(config)

@@ -148,6 +148,7 @@ class OneLayer(nn.Module):
         self.norm_1 = make_norm(n_embd)
         self.mix = mix
         self.norm_2 = make_norm(n_embd)
+
         self.mlp = None
         if mlp:
             self.mlp = nn.Sequential(

@@ -31,6 +31,7 @@ class ModernAttention(CausalSelfAttention):
         if config.rotary and hs % 2 == 1:
             raise ValueError(f"got heads of {hs} channels, expected an even number, as rotation "
                              "takes pairs; change n_embd or n_head")
+
         # Pair i of a head's numbers turns by speed[i] with each token: the
         # first by a whole radian, the last by about a ten thousandth.
         speed = 10_000.0 ** (-torch.arange(0, hs, 2) / hs)  # (hs / 2,)
@@ -45,6 +46,7 @@ class ModernAttention(CausalSelfAttention):
             # bound (Henry et al. 2020, "Query-Key Normalization").
             q = F.rms_norm(q, q.shape[-1:])
             k = F.rms_norm(k, k.shape[-1:])
+
         if self.rotary:
             past = 0 if cache is None else cache.length
             angles = self.angles[past:past + x.size(1)]  # (T, hs / 2)
@@ -102,6 +104,7 @@ class ModernGPT(GPT):
         if c.rms_norm:
             # Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
             self.transformer.ln_f = nn.RMSNorm(c.n_embd)
+
         for block in self.transformer.h:
             attention = ModernAttention(c)
             attention.load_state_dict(block.attn.state_dict())

@@ -24,6 +24,7 @@ def read_results(folder: Path) -> dict[str, list[dict]]:
             rows[row["rung"], row["seed"]] = row
     if not rows:
         raise ValueError(f"there are no results in {folder}; run ladder.py first")
+
     results = {}
     for (name, _), row in rows.items():
         results.setdefault(name, []).append(row)
@@ -39,6 +40,7 @@ def format_table(results: dict[str, list[dict]]) -> str:
     lines = ["| rung | parameters | seconds | loss | gain | loss in the same time |",
              "|---|---|---|---|---|---|"]
     before = ""
+
     for name, rows in results.items():
         against = rows[0]["against"]
         if against == "":

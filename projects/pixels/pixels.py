@@ -176,6 +176,7 @@ def draw_sheet(pictures: torch.Tensor, columns: list[str], rows: list[str], inch
     tiles = torch.full((R, 9, C, 9), math.nan)
     tiles[:, :8, :, :8] = pictures.view(R, C, 8, 8).transpose(1, 2)  # (R, 8, C, 8)
     grid = tiles.view(9 * R, 9 * C)[:-1, :-1]  # (R, 9, C, 9) -> (9R - 1, 9C - 1)
+
     from matplotlib.figure import Figure
     axes = Figure(figsize=(inches * C + 0.6, inches * R + 0.3)).subplots()
     axes.set_facecolor("lightsteelblue")
@@ -237,12 +238,14 @@ def draw_attention(model: GPT, picture: np.ndarray, digit: int, path: Path) -> N
     x, _ = to_tokens(picture[None], np.array([digit]))  # (1, 64)
     shares = attention(model, x[0, :pixel + 1])[:, :, 1:]  # (n_layer, nh, pixel)
     n_layer, n_head, _ = shares.shape
+
     sheet = torch.from_numpy(picture).float().repeat(n_layer, 1 + n_head, 1)
     sheet[:, 0, pixel:] = math.nan
     sheet[:, 1:, pixel:] = math.nan
     # Black is where the head looks most.
     sheet[:, 1:, :pixel] = (GREYS - 1) * shares / shares.amax(-1, keepdim=True)
     columns = ["seen so far"] + [f"head {head}" for head in range(n_head)]
+
     axes = draw_sheet(sheet, columns, [f"block {i}" for i in range(n_layer)], inches=1.4)
     for row in range(n_layer):
         for column in range(1 + n_head):

@@ -28,6 +28,7 @@ def main() -> None:
             axes.plot(steps, scores, color=color, alpha=0.3, lw=1)
         mean = np.mean([scores for _, scores in runs], axis=0)
         axes.plot(runs[0][0], mean, color=color, lw=2, label=f"{label}: mean of three seeds")
+
     axes.set_xlabel("step of the second part")
     axes.set_ylabel("held-out sums right, % (higher is better)")
     axes.grid(alpha=0.3)
