@@ -109,9 +109,9 @@ class Trainer:
         self.seed = 0 if config.seed is None else int(config.seed)
         self.runs_done = 0
         self.is_stopping = False
-        # Both are about the next step: whether a schedule sets its rates, and
-        # whether run() goes on with an earlier run.
+        # Tells whether a schedule sets the rates of the next step.
         self.has_schedule = False
+        # Tells whether the next run() continues an earlier one.
         self.goes_on = False
 
     def add_callback(self, onevent: str, callback: Callable) -> None:
