@@ -69,10 +69,7 @@ class Trainer:
         """
         # A subclass may have defaults of its own, but not all of these.
         defaults = vars(Trainer.get_default_config()) | vars(self.get_default_config())
-        fill_in(config, defaults, [*defaults, *RUN_FIELDS], "Trainer")
-        foreign = [name for name in RUN_FIELDS if hasattr(config, name) and name not in defaults]
-        if foreign:
-            logger.warning(f"Trainer ignores {', '.join(foreign)}: see Run in mingpt/run.py")
+        fill_in(config, defaults, defaults, type(self).__name__)
         self.config = config
         check_config(config, RULES)
         if config.min_lr > config.learning_rate:
@@ -386,6 +383,3 @@ RULES = (
      "auto, float32, bfloat16 or float16"),
     ("schedule", lambda v: v in ("constant", "cosine", "linear"), "constant, cosine or linear"),
 )
-# Settings of Run, which a Trainer leaves alone.
-RUN_FIELDS = ("work_dir", "log_interval", "eval_interval", "eval_batches",
-              "checkpoint_interval", "keep_best", "resume")
