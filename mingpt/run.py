@@ -26,7 +26,7 @@ from torch import nn
 
 from mingpt import checkpoint, processes
 from mingpt.data import count_examples, load_batches
-from mingpt.trainer import Trainer, groups_of, is_scheduled
+from mingpt.trainer import Trainer, is_scheduled
 from mingpt.utils import CN, check_config, eval_mode, logger, naming_file, progress
 
 
@@ -189,8 +189,7 @@ class Run(Trainer):
         """Logs a line for people and a row for metrics.jsonl."""
         self._check_finite()
         loss = processes.sum_over_processes(float(self.loss)) / self.world_size
-        groups = groups_of(self.optimizer)
-        lr = groups[0]["lr"] if groups else math.nan
+        lr = self.optimizer.param_groups[0]["lr"]
 
         steps, elapsed = self._last_report
         self._last_report = (self.steps_done, self.elapsed)
@@ -238,11 +237,6 @@ class Run(Trainer):
             checkpoint.save_checkpoint(path, self._content(states))
 
     def _content(self, random_states: list) -> dict:
-        # A resumed run carries the state over.
-        if not hasattr(self.optimizer, "state"):
-            raise ValueError(f"got a {type(self.optimizer).__name__} as the optimizer, which a "
-                             "checkpoint cannot hold; expected one with state and param_groups")
-
         return {
             "model": checkpoint.model_state(self.model),
             "model_config": checkpoint.plain_settings(getattr(self.model, "config", {})),

@@ -200,8 +200,9 @@ class Trainer:
             raise ValueError(f"got optimizer={config.optimizer!r} for a model without "
                              "configure_optimizers, expected 'adamw'")
 
-        # A schedule multiplies the rate that each group starts with.
-        for group in groups_of(optimizer):
+        # A schedule multiplies the rate that each group starts with. An object
+        # around an optimizer has no groups.
+        for group in getattr(optimizer, "param_groups", []):
             group.setdefault("initial_lr", group["lr"])
         return optimizer
 
@@ -327,18 +328,13 @@ class Trainer:
         settings = vars(self.config)
         self.has_schedule = is_scheduled(settings, self.steps_done + 1)
         if is_scheduled(settings, self.steps_done):
-            for group in groups_of(self.optimizer):
+            for group in self.optimizer.param_groups:
                 # A callback may have brought this group.
                 rate = group.setdefault("initial_lr", group["lr"])
                 group["lr"] = rate * self.schedule(self.steps_done)
 
     def after_step(self) -> None:
         """Does what comes after each step: here nothing, in Run a lot."""
-
-
-def groups_of(optimizer: Any) -> list[dict]:
-    """Returns the groups of an optimizer; an object with only a step of its own has none."""
-    return getattr(optimizer, "param_groups", [])
 
 
 def is_scheduled(settings: dict, step: int) -> bool:

@@ -466,29 +466,6 @@ class Checkpoints(Folder):
 
         self.assertEqual(checkpoint.plain_settings(Settings)["max_iters"], 2)
 
-    def test_an_object_around_an_optimizer_is_refused_where_it_would_be_saved(self):
-        class Around:
-            def __init__(self, optimizer):
-                self.step = optimizer.step
-
-        class WithGroups(Around):
-            def __init__(self, optimizer):
-                super().__init__(optimizer)
-                self.param_groups = optimizer.param_groups
-                self.state_dict = optimizer.state_dict
-
-        for kind in (Around, WithGroups):
-            class Mine(GPT):
-                def configure_optimizers(self, train_config):
-                    return kind(super().configure_optimizers(train_config))
-
-            with self.assertRaisesRegex(ValueError, f"got a {kind.__name__} as the optimizer"):
-                make_run(Mine(tiny_config(vocab_size=5)), work_dir=self.folder).run()
-            self.assertEqual(contents(self.folder), {})
-            run = make_run(Mine(tiny_config(vocab_size=5)), log_interval=1)
-            run.run()
-            self.assertEqual(run.steps_done, 4)
-
     def test_damaged_files_are_refused_or_as_good_as_whole(self):
         make_run(max_iters=2, work_dir=self.folder).run()
         path = self.folder / "checkpoint.pt"
