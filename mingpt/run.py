@@ -282,8 +282,6 @@ class Run(Trainer):
         # There may be more processes now.
         if self.rank < len(saved["random_states"]):
             self._random_state = saved["random_states"][self.rank]
-        else:
-            torch.manual_seed(self.seed + self.rank)
         self.goes_on = True
         logger.info(f"loaded {path}, saved after step {done}")
         for change in checkpoint.changed_settings(saved["config"], config):

@@ -169,9 +169,9 @@ class Trainer:
                 self.seed = processes.gather(int(torch.randint(2**31, ())))[0]
             else:
                 self.seed = int(self.config.seed) + self.runs_done
-            if self.rank > 0:
-                # Dropout differs between processes.
-                torch.manual_seed(self.seed + self.rank)
+        if self.rank > 0:
+            # Dropout differs between processes.
+            torch.manual_seed(self.seed + self.rank)
 
         self.iter_num = self.steps_done
         self.iter_time = time.time()

@@ -371,6 +371,7 @@ class Resume(Folder):
         run = make_run(max_iters=2, work_dir=self.folder, resume=True)
         run.rank = 2
         run.load_checkpoint(self.folder / "checkpoint.pt")
+        run.begin()
         self.assertEqual(torch.initial_seed(), run.seed + 2)
 
     def test_a_refused_one_changes_nothing(self):
