@@ -15,7 +15,6 @@ The network is GPT-2's: Radford et al. 2019, "Language Models are Unsupervised
 Multitask Learners", section 2.3.
 """
 
-import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -269,11 +268,10 @@ class GPT(nn.Module):
             self.tie_weights()
         self.register_load_state_dict_pre_hook(_adapt_state_dict)
 
-        # Nothing has failed, so the caller's config may change, if it can.
+        # Nothing has failed, so the caller's config may change.
         for name in ("n_layer", "n_head", "n_embd"):
             if getattr(config, name, None) is None:
-                with contextlib.suppress(AttributeError):
-                    setattr(config, name, getattr(c, name))
+                setattr(config, name, getattr(c, name))
         count = sum(p.numel() for p in self.transformer.parameters())
         logger.info("number of parameters: %.2fM", count / 1e6)
 
@@ -438,8 +436,8 @@ def complete_config(config: CN, complete: CN) -> CN:
     Raises ValueError for a setting that is missing, wrong or contradicts the model_type.
     """
     known = list(vars(complete))
-    # A named tuple, for one, has no __dict__.
-    for name in [*known, *getattr(config, "__dict__", {})]:
+    # The class of the configuration may have some of them.
+    for name in [*known, *vars(config)]:
         if hasattr(config, name) and not name.startswith("_"):
             setattr(complete, name, getattr(config, name))
     fill_in(complete, {}, known, "GPT")

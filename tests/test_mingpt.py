@@ -6,11 +6,9 @@ Programs as people write them for minGPT: they run, with minGPT's meaning.
 
 import contextlib
 import copy
-import dataclasses
 import math
 import unittest
 import warnings
-from collections import namedtuple
 from types import SimpleNamespace
 from unittest import mock
 
@@ -123,15 +121,6 @@ class Scripts(unittest.TestCase):
         parts = SimpleNamespace(n_embd=16, n_head=2, block_size=8, attn_pdrop=0.1, resid_pdrop=0.1)
         for kind in (Block, CausalSelfAttention):
             self.assertEqual(kind(parts)(torch.randn(2, 5, 16)).shape, (2, 5, 16))
-
-
-    def test_a_config_that_nobody_can_write_to(self):
-        fields = vars(tiny_config())
-        frozen = dataclasses.make_dataclass("Frozen", fields, frozen=True)
-        for config in (frozen(**fields), namedtuple("Row", fields)(**fields)):
-            self.assertEqual(vars(GPT(config).config), fields)
-        preset = namedtuple("Preset", "model_type vocab_size block_size")("gpt-nano", 11, 8)
-        self.assertEqual(GPT(preset).config.n_layer, 3)
 
     def test_a_subclass_may_have_minGPTs_defaults_and_its_own(self):
         class Mine(GPT):
