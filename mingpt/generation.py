@@ -9,7 +9,6 @@ Both ways give the same tokens.
 """
 
 import math
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,12 +19,10 @@ from mingpt.utils import CN, check_config, eval_mode
 
 # Rules for settings: names, test of a value, what the error says is expected.
 RULES = (
-    ("max_new_tokens", lambda v: operator.index(v) >= 0, "a whole number, 0 or more"),
+    ("max_new_tokens", lambda v: v >= 0, "a whole number, 0 or more"),
     ("temperature", lambda v: 0 <= v < math.inf, "0 (greedy) or more"),
-    ("top_k", lambda v: v is None or operator.index(v) >= 1,
-     "a whole number above 0, or None for all tokens"),
-    ("top_p", lambda v: v is None or 0 < v <= 1,
-     "a share above 0 and up to 1, or None for all tokens"),
+    ("top_k", lambda v: v is None or v >= 1, "a whole number above 0, or None for all tokens"),
+    ("top_p", lambda v: v is None or 0 < v <= 1, "a share up to 1, or None for all tokens"),
 )
 # Modules of torch that treat each token for itself.
 TOKENWISE = {
@@ -49,10 +46,8 @@ def write(model: Any, idx: Tensor, max_new_tokens: int, temperature: float, do_s
                          "expected (B, T) with one token or more a row")
     if idx.numel() > 0 and not 0 <= idx.min() <= idx.max() < V:
         raise ValueError(f"got tokens from {idx.min()} to {idx.max()}, expected 0 to {V - 1}")
-    settings = CN(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
-                  top_p=top_p, stop_token=stop_token)
-    is_token = lambda v: v is None or 0 <= operator.index(v) < V
-    check_config(settings, (*RULES, ("stop_token", is_token, f"a token from 0 to {V - 1}")))
+    settings = CN(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+    check_config(settings, RULES)
     choose = make_choice(temperature, do_sample, top_k, top_p)
 
     foreign = foreign_methods(model)

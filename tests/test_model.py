@@ -365,7 +365,6 @@ class Generate(unittest.TestCase):
             (idx, dict(temperature=math.nan), "temperature=nan"),
             (idx, dict(top_k=0), "top_k=0"),
             (idx, dict(top_p=0.0), "top_p=0"),
-            (idx, dict(stop_token=11), "stop_token=11"),
         ):
             settings = dict(max_new_tokens=3, do_sample=True) | settings
             for method in (self.model.stream, self.model.generate):
