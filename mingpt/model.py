@@ -244,8 +244,7 @@ class GPT(nn.Module):
         """
         super().__init__()
         # A subclass may have defaults of its own, but not all of these.
-        defaults = GPT.get_default_config()
-        defaults.merge_from_dict(vars(self.get_default_config()))
+        defaults = vars(GPT.get_default_config()) | vars(self.get_default_config())
         c = complete_config(config, defaults)
         self.config = c
         self.block_size = c.block_size
@@ -430,17 +429,17 @@ RULES = (
 )
 
 
-def complete_config(config: CN, complete: CN) -> CN:
-    """Fills the caller's settings and the sizes of its model_type into the defaults.
+def complete_config(config: CN, defaults: dict) -> CN:
+    """Copies a configuration, with defaults and the sizes of its model_type filled in.
 
     Raises ValueError for a setting that is missing, wrong or contradicts the model_type.
     """
-    known = list(vars(complete))
+    complete = CN()
     # The class of the configuration may have some of them.
-    for name in [*known, *vars(config)]:
+    for name in [*defaults, *vars(config)]:
         if hasattr(config, name) and not name.startswith("_"):
             setattr(complete, name, getattr(config, name))
-    fill_in(complete, {}, known, "GPT")
+    fill_in(complete, defaults, "GPT")
 
     model_type = complete.model_type
     if model_type not in (*PRESETS, "gpt", None):

@@ -182,10 +182,10 @@ def _suggest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 
-def fill_in(config, defaults: dict, known: Iterable[str], owner: str) -> None:
+def fill_in(config, defaults: dict, owner: str) -> None:
     """Gives a configuration the fields that it lacks, and Python's own numbers for NumPy's.
 
-    A field that is not known is a warning in the log.
+    A field without a default is a warning in the log.
     """
     for name, value in defaults.items():
         # The class of the configuration may have it.
@@ -194,8 +194,8 @@ def fill_in(config, defaults: dict, known: Iterable[str], owner: str) -> None:
         # A class that serves as a configuration has fields such as __module__.
         if not name.startswith("_"):
             setattr(config, name, to_python(value))
-            if name not in known:
-                logger.warning(f"{owner} does not use {name}{_suggest(name, known)}")
+            if name not in defaults:
+                logger.warning(f"{owner} does not use {name}{_suggest(name, defaults)}")
 
 
 def to_python(value):

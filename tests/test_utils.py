@@ -114,11 +114,12 @@ class Configuration(unittest.TestCase):
         shape = torch.Size([2, 3])
         config = CfgNode(rate=np.float64(0.5), betas=(np.float64(0.9), 0.95), lr=1, dropout=0.1,
                          shape=shape)
-        known = ("rate", "betas", "shape", "seed", "embd_pdrop", "attn_pdrop", "learning_rate")
+        defaults = dict(rate=0.1, betas=None, shape=None, seed=None, embd_pdrop=0.2,
+                        attn_pdrop=0.3, learning_rate=0.4)
         with self.assertLogs("mingpt", "WARNING") as logged:
-            fill_in(config, dict(rate=0.1, seed=None), known, "a test")
-        self.assertEqual(vars(config), dict(
-            rate=0.5, betas=(0.9, 0.95), lr=1, dropout=0.1, shape=shape, seed=None))
+            fill_in(config, defaults, "a test")
+        self.assertEqual(vars(config), defaults | dict(
+            rate=0.5, betas=(0.9, 0.95), lr=1, dropout=0.1, shape=shape))
         self.assertIs(config.shape, shape)
         self.assertEqual([type(config.rate), type(config.betas[0])], [float, float])
         self.assertEqual([record.getMessage() for record in logged.records], [
