@@ -162,8 +162,13 @@ class KVCache:
         self.v: Tensor | None = None  # (B, nh, max_length, hs)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds T tokens, (B, nh, T, hs) each; returns all, (B, nh, length, hs) each."""
+        """Adds T tokens, (B, nh, T, hs) each; returns all, (B, nh, length, hs) each.
+
+        Raises ValueError for several tokens after the first ones: they would need a mask.
+        """
         B, nh, T, hs = k.shape
+        if T > 1 and self.k is not None:
+            raise ValueError(f"got {T} tokens after a prompt, expected one at a time")
         if self.k is None or self.v is None:
             self.k = k.new_empty(B, nh, self.max_length, hs)
             self.v = v.new_empty(B, nh, self.max_length, hs)

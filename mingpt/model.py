@@ -84,16 +84,9 @@ class CausalSelfAttention(nn.Module):
         qkv = self.compute_qkv(x) if cache is None else self.compute_qkv(x, cache=cache)
         q, k, v = qkv  # three of (B, nh, T, hs)
 
-        if cache is None or cache.k is None:
-            # Several tokens need the causal mask.
-            is_causal = True
-            uses_kernel = self.uses_kernel()
-        else:
-            # A single new one may look at all: all others stand before it.
-            if x.size(1) > 1:
-                raise ValueError(f"got {x.size(1)} tokens after a prompt, expected one at a time")
-            is_causal = False
-            uses_kernel = cache.uses_kernel
+        # A single token after a prompt needs no mask: all others stand before it.
+        is_causal = cache is None or cache.k is None
+        uses_kernel = self.uses_kernel() if cache is None or is_causal else cache.uses_kernel
         if cache is not None:
             cache.uses_kernel = uses_kernel
             k, v = cache.append(k, v)  # (B, nh, past + T, hs)
