@@ -135,9 +135,8 @@ class Signals:
         # Other threads get no signals.
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                # nohup's signals stay ignored. None is a handler in C, which
-                # cannot be put back.
-                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                # A signal that nohup ignores stays ignored.
+                if signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -26,7 +26,7 @@ from torch.utils.data import TensorDataset
 
 import train_script
 from common import Folder, Script, WorkingFolder, run_forked, run_python, tiny_config
-from mingpt import checkpoint, processes
+from mingpt import checkpoint
 from mingpt.checkpoint import read_checkpoint
 from mingpt.model import GPT
 from mingpt.run import Run
@@ -232,12 +232,6 @@ class Stops(Folder):
             with self.subTest(event), self.assertRaises(KeyboardInterrupt):
                 run.run()
             self.assertTrue((self.folder / "checkpoint.pt").exists())
-
-    def test_a_handler_in_c_is_left_alone(self):
-        # Python cannot put it back.
-        with (mock.patch("signal.getsignal", return_value=None),
-              mock.patch("signal.signal") as install, processes.Signals()):
-            install.assert_not_called()
 
     def test_another_thread_gets_no_signals(self):
         run = make_run()
