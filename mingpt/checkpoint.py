@@ -126,7 +126,12 @@ def check_fits(content: dict, model: nn.Module, optimizer: Any, path: str | Path
             raise ValueError(f"{path} is a checkpoint of another model: {name} is {there} in "
                              f"the file and {here} in the model")
 
-    if not _groups_fit(content["optimizer"], optimizer.state_dict()):
+    then = content["optimizer"]["param_groups"]
+    now = optimizer.state_dict()["param_groups"]
+    # Schedulers of torch and callbacks may have added settings to a group.
+    fits = [len(old["params"]) == len(new["params"]) and old.keys() >= new.keys()
+            for old, new in zip(then, now)]
+    if len(then) != len(now) or not all(fits):
         raise ValueError(f"{path} was written with another optimizer, or other layers were "
                          "trained; resume with the same")
 
@@ -135,14 +140,6 @@ def _shapes(state: dict) -> dict:
     # Values that are no tensors, such as a vocabulary, have to be equal.
     return {name: tuple(value.shape) if isinstance(value, Tensor) else value
             for name, value in state.items()}
-
-
-def _groups_fit(saved: dict, own: dict) -> bool:
-    if len(saved["param_groups"]) != len(own["param_groups"]):
-        return False
-    # Schedulers of torch and callbacks may have added settings to a group.
-    return all(len(then["params"]) == len(now["params"]) and then.keys() >= now.keys()
-               for then, now in zip(saved["param_groups"], own["param_groups"]))
 
 
 def random_state(device_type: str) -> dict:
