@@ -62,14 +62,10 @@ def make_plain(value: Any, name: str = "checkpoint") -> Any:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """Reads a checkpoint, its tensors on the CPU.
-
-    Raises ValueError for a missing, damaged or other file.
-    """
+    """Reads a checkpoint to the CPU; ValueError for a missing, damaged or other file."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint at {path}; "
-                         "start without resume, or check the folder")
+        raise ValueError(f"there is no checkpoint at {path}; start without resume")
 
     try:
         with zipfile.ZipFile(path) as archive:
