@@ -396,7 +396,7 @@ class GPT(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a folder that from_pretrained and transformers' GPT2LMHeadModel load."""
         from mingpt.pretrained import save_pretrained
-        save_pretrained(self, folder)
+        save_pretrained(self, folder, GPT)
 
 
 # Each model_type has n_layer, n_head, n_embd.

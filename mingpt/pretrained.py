@@ -137,14 +137,15 @@ def crop_model(model: Any, block_size: int, vocab_size: int) -> None:
     model.config.vocab_size = vocab_size
 
 
-def save_pretrained(model: Any, folder: str | Path) -> None:
+def save_pretrained(model: Any, folder: str | Path, GPT: Any) -> None:
     """Writes config.json and model.safetensors over an earlier model in the folder.
 
     Without the package safetensors the weights are in pytorch_model.bin. ValueError
-    for a model with a part that GPT-2 lacks, since no such folder can hold it.
+    for a model with a part that the class GPT lacks, since no such folder can hold it.
     """
-    _check_parts(model)
-    activation = _activation(model)
+    # A model may have no block, or other blocks.
+    activation = dict(model.named_modules()).get("transformer.h.0.mlp.act")
+    _check_parts(model, GPT, activation)
     is_exact = isinstance(activation, nn.GELU) and activation.approximate == "none"
     config = {
         "architectures": ["GPT2LMHeadModel"],
@@ -188,15 +189,8 @@ def save_pretrained(model: Any, folder: str | Path) -> None:
                 path.unlink()
 
 
-def _activation(model: Any) -> nn.Module | None:
-    """Returns the first block's activation; a model may have no block, or other blocks."""
-    return dict(model.named_modules()).get("transformer.h.0.mlp.act")
-
-
-def _check_parts(model: Any) -> None:
+def _check_parts(model: Any, GPT: Any, activation: nn.Module | None) -> None:
     """Raises ValueError, with its name, for a part of a model that GPT-2 does not have."""
-    # The model may be of a subclass: GPT is the last class with this method.
-    GPT = [cls for cls in type(model).__mro__ if hasattr(cls, "get_default_config")][-1]
     was_disabled = logger.disabled
     logger.disabled = True
     try:
@@ -206,7 +200,6 @@ def _check_parts(model: Any) -> None:
     finally:
         logger.disabled = was_disabled
 
-    activation = _activation(model)
     if isinstance(activation, nn.GELU):
         for block in gpt2.transformer.h:
             block.mlp.act = nn.GELU(activation.approximate)
