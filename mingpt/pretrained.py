@@ -369,16 +369,16 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     if not paths:
         raise FileNotFoundError(f"there are no weights in {folder}: none of {', '.join(names)}")
     path = paths[0]
-    files = {path.name}
+    files = {path}
     if path.suffix == ".json":
         index = _read_json(path).get("weight_map")
         if not isinstance(index, dict) or any(Path(str(f)).name != f for f in index.values()):
             raise ValueError(f"{path} has no weight_map that gives each tensor a file in the "
                              "same folder")
-        files = set(index.values())
+        files = {folder / name for name in index.values()}
 
     tensors: dict[str, torch.Tensor] = {}
-    for path in (folder / file for file in files):
+    for path in files:
         try:
             if path.suffix == ".safetensors":
                 from safetensors.torch import load_file
