@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Signals that ask for an end. Windows has no SIGHUP.
+# Ctrl-C, kill and a closed terminal ask for an end. Windows has no SIGHUP.
 STOP_SIGNALS = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 
@@ -38,10 +38,7 @@ def is_connected() -> bool:
 
 
 def choose_device(name: str) -> str:
-    """Returns the device to compute on; "auto" takes cuda, else mps, else cpu.
-
-    Raises ValueError for a device that is not here.
-    """
+    """Returns the device to compute on, which "auto" finds; ValueError if it is not here."""
     device = name
     if name == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -112,10 +109,9 @@ def barrier() -> None:
 
 
 class Signals:
-    """Notes signals that ask for an end, so that a step can be finished first.
+    """Notes a signal that asks for an end, so that a step can be finished first.
 
-    They are Ctrl-C, SIGTERM and, when a terminal closes, SIGHUP. A second signal
-    ends the process at once. Use it as `with Signals() as signals:`.
+    A second one ends the process at once. Use it as `with Signals() as signals:`.
     """
 
     def __init__(self) -> None:
