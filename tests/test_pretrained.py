@@ -16,6 +16,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+# Loaded now: torch would load it while sys.modules is patched, and lose it.
+import torch._dynamo  # noqa: F401
 from safetensors.torch import save_file
 from torch import nn
 
