@@ -296,14 +296,10 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> None:
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [" ".join(pair) for pair in encoder.bpe_ranks]
-    # Everybody knows <|endoftext|>, if it is in the vocabulary.
-    added = {token: number for token, number in encoder.special_tokens.items()
-             if token != "<|endoftext|>" or encoder.encoder.get(token) != number}
-
     for name, text in (
         ("vocab.json", json.dumps(encoder.encoder)),
         ("merges.txt", "\n".join(["#version: 0.2", *pairs]) + "\n"),
-        ("added_tokens.json", json.dumps(added)),
+        ("added_tokens.json", json.dumps(encoder.special_tokens)),
     ):
         with replacing(folder / name) as part:
             part.write_text(text, encoding="utf-8")
