@@ -70,7 +70,7 @@ TOKENIZER_CHOICES: dict[str, dict[str, tuple]] = {
 class SkipInit(TorchFunctionMode):
     """Draws no fresh weights: they would cost seconds, and random numbers of the caller's seed."""
 
-    # torch calls this in place of each of its functions.
+    # torch calls this in place of each function; init's get `tensor` by name.
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
