@@ -26,7 +26,7 @@ from torch.utils.data import TensorDataset
 
 import train_script
 from common import Folder, Script, WorkingFolder, run_forked, run_python, tiny_config
-from mingpt import checkpoint
+from mingpt import checkpoint, processes
 from mingpt.checkpoint import read_checkpoint
 from mingpt.model import GPT
 from mingpt.run import Run
@@ -232,6 +232,12 @@ class Stops(Folder):
             with self.subTest(event), self.assertRaises(KeyboardInterrupt):
                 run.run()
             self.assertTrue((self.folder / "checkpoint.pt").exists())
+
+    def test_a_signal_that_nohup_ignores_stays_ignored(self):
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.addCleanup(signal.signal, signal.SIGTERM, before)
+        with processes.Signals():
+            self.assertIs(signal.getsignal(signal.SIGTERM), signal.SIG_IGN)
 
     def test_another_thread_gets_no_signals(self):
         run = make_run()
