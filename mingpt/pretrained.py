@@ -220,7 +220,7 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         if isinstance(module, nn.Dropout) or type(module) is nn.Identity:
             continue
 
-        # A whole model may compute a loss of its own.
+        # A folder holds no loss, so the whole model's forward may differ.
         forward = "features" if module is model else "forward"
         for field in (forward, "attend", "compute_qkv", "mlpf", "eps", "n_head", "approximate"):
             value = getattr(module, field, None)
