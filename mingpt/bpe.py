@@ -77,7 +77,7 @@ class Encoder:
         self.byte_encoder = bytes_to_unicode()
         self.byte_decoder = {character: byte for byte, character in self.byte_encoder.items()}
         self.encoder = encoder
-        self.bpe_ranks = {tuple(pair): rank for rank, pair in enumerate(bpe_merges)}
+        self.bpe_ranks = {(left, right): rank for rank, (left, right) in enumerate(bpe_merges)}
 
         # A special token is plain text that no merge makes.
         self.special_tokens = {}

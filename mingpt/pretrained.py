@@ -261,7 +261,7 @@ def load_encoder(name: str | Path, vocab_size: int | None = None) -> Encoder:
             if token == "" or type(number) is not int or not 0 <= number < rows:
                 raise ValueError(f"got the token {token!r} with the number {number!r}, expected "
                                  f"a text and one of the {rows} rows of the model")
-        return Encoder(vocabulary, [(left, right) for left, right in merges], added)
+        return Encoder(vocabulary, merges, added)
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise ValueError(f"{folder} holds no vocabulary of this model: {error}") from None
 
