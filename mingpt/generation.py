@@ -39,7 +39,7 @@ def write(model: Any, idx: Tensor, max_new_tokens: int, temperature: float, do_s
     Returns the new tokens, (B, 1) each, and how to turn gradients off while asking for one.
     """
     # A vocabulary of one's own may be unknown.
-    wte = getattr(model.transformer, "wte", None)
+    wte = getattr(getattr(model, "transformer", None), "wte", None)
     V = wte.weight.size(0) if isinstance(wte, nn.Embedding) else math.inf
     if idx.dim() != 2 or idx.size(1) == 0:
         raise ValueError(f"got a prompt of shape {tuple(idx.shape)}, "
@@ -184,7 +184,7 @@ def can_cache(model: Any, foreign: list) -> bool:
     foreign: from foreign_methods(model). A part of one's own takes part by an argument
     `cache=None` of its forward.
     """
-    blocks = getattr(model.transformer, "h", None)
+    blocks = getattr(getattr(model, "transformer", None), "h", None)
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
         return False
 
@@ -198,6 +198,10 @@ def can_cache(model: Any, foreign: list) -> bool:
         # buffers have no method get.
         if has_hooks(module) or dict(module._buffers).get("_mask") is not None:
             return False
+    # Attention in another place, such as a head, gets no cache.
+    parts = {part for block in blocks for part in getattr(block, "attn", block).modules()}
+    if any("_mask" in module._buffers for module in set(model.modules()) - parts):
+        return False
     return all(map(takes_cache, foreign))
 
 

@@ -625,6 +625,28 @@ class Generation(WithModel):
                     model.set_submodule(place, both)
                     self.check_generation(model)
 
+    def test_attention_in_another_place(self):
+        places = {"lm_head": 11, "transformer.ln_f": 16, "transformer.h.0.mlp": 16}
+        for place, width in places.items():
+            with self.subTest(place):
+                model = copy.deepcopy(self.model)
+                block = tiny_gpt(n_embd=width, n_head=1).transformer.h[0].double()
+                model.set_submodule(place, nn.Sequential(model.get_submodule(place), block))
+                self.assertFalse(uses_cache(model))
+                self.check_generation(model)
+
+    def test_a_model_of_other_parts(self):
+        class Other(GPT):
+            def __init__(self, config):
+                nn.Module.__init__(self)
+                self.block_size = config.block_size
+                self.layers = nn.Sequential(nn.Embedding(11, 16), Block(config), nn.Linear(16, 11))
+
+            def forward(self, idx, targets=None):
+                return self.layers(idx), None
+
+        self.check_generation(Other(tiny_config()).double())
+
     def test_patched_classes_and_global_hooks(self):
         forward = MLP.forward
         with mock.patch.object(MLP, "forward", lambda self, x: forward(self, shift(x))):
