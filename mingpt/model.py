@@ -58,7 +58,7 @@ class CausalSelfAttention(nn.Module):
 
     # True: torch's kernel. False: the formula step by step, weights in att.
     fused = True
-    att: Tensor | None = None  # (B, nh, T, T)
+    att: Tensor  # (B, nh, T, T)
 
     def __init__(self, config: CN):
         """Takes any config with n_embd, n_head, attn_pdrop, resid_pdrop, block_size."""

@@ -561,6 +561,17 @@ class AttentionMaps(WithModel):
         self.assertEqual(greedy(self.model), written)
         self.assertEqual([att.size(-1) for att in maps[:4]], [3, 3, 4, 4])
 
+    def test_the_name_att_is_free(self):
+        class Scaled(CausalSelfAttention):
+            def __init__(self, config):
+                super().__init__(config)
+                self.att = nn.Linear(16, 16)
+
+            def forward(self, x):
+                return super().forward(self.att(x))
+
+        self.assertEqual(Scaled(tiny_config())(torch.randn(2, 5, 16)).shape, (2, 5, 16))
+
     def test_by_any_other_way_to_watch_it(self):
         class Recorder(nn.Module):
             def forward(self, att):
