@@ -151,7 +151,7 @@ class CausalSelfAttention(nn.Module):
 
     @bias.setter
     def bias(self, mask: Any) -> None:
-        self._mask = mask
+        self.register_buffer("_mask", mask, persistent=False)
         self.fused = False
 
     @bias.deleter

@@ -534,6 +534,19 @@ class Masks(WithModel):
             block.attn = Own(tiny_config()).double().eval()
         self.assertTrue(self.sees_ahead(self.model))
 
+    def test_it_is_a_buffer_without_the_usual_start_as_well(self):
+        class Own(CausalSelfAttention):
+            def __init__(self, attention):
+                nn.Module.__init__(self)
+                vars(self).update(vars(attention), _buffers={})
+                self.register_buffer("bias", torch.ones(1, 1, 8, 8))
+
+        for block in self.model.transformer.h:
+            block.attn = Own(block.attn)
+        self.assertTrue(self.sees_ahead(self.model))
+        self.check_generation(self.model)
+        self.assertEqual(self.model.to("meta").transformer.h[0].attn.bias.device.type, "meta")
+
     def test_a_buffer_with_the_name_mask(self):
         expected = self.model(self.idx)[0]
         attention = self.model.transformer.h[0].attn
