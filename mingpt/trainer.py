@@ -212,16 +212,18 @@ class Trainer:
         The batch of step i depends on the seed and i alone.
         """
         config = self.config
+        # A callback may give the next run another one.
+        dataset = self.train_dataset
 
         def draw() -> Iterator[list[int]]:
             for step in itertools.count(self.steps_done):
-                examples = draw_examples(step, self.seed, len(self.train_dataset),
+                examples = draw_examples(step, self.seed, len(dataset),
                                          config.batch_size, config.replacement)
                 # (batch_size,) -> (micro-batches, processes, examples)
                 parts = examples.reshape(config.grad_accum_steps, self.world_size, -1)
                 yield from parts[:, self.rank].tolist()
 
-        batches = load_batches(self.train_dataset, draw(), config.num_workers,
+        batches = load_batches(dataset, draw(), config.num_workers,
                                pin_memory=self.device_type == "cuda", seed=self.seed)
         while True:
             yield [next(batches) for _ in range(config.grad_accum_steps)]

@@ -929,6 +929,14 @@ class Runs(unittest.TestCase):
             self.assertEqual((len(first), trainer.iter_num), (32, 4))
             self.assertNotEqual(first, second)
 
+    def test_a_dataset_that_a_callback_gives_is_for_the_next_one(self):
+        trainer = make_trainer(train_dataset=TokenDataset(torch.arange(12) % 5, block_size=8))
+        larger = Pairs()
+        at_step(trainer, 0, lambda trainer: setattr(trainer, "train_dataset", larger))
+        trainer.run()
+        self.assertEqual(larger.drawn, [])
+        self.assertEqual(len(self.drawn(trainer)), 32)
+
     def test_without_a_seed_torchs_seed_counts(self):
         examples = []
         for seed in (3, 3, 4):
