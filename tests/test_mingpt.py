@@ -186,6 +186,12 @@ class Weights(WithModel):
 
         self.assertTrue((Ones(tiny_config()).transformer.wte.weight == 1).all())
 
+    def test_init_weights_makes_a_trained_model_fresh(self):
+        self.model.apply(self.model._init_weights)
+        for name, parameter in self.model.named_parameters():
+            if ".ln_" in name:
+                self.assertTrue((parameter == name.endswith("weight")).all(), name)
+
     def test_a_file_of_minGPT_with_its_masks_loads(self):
         state = self.model.state_dict()
         for i in range(2):
