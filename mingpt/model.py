@@ -341,7 +341,8 @@ class GPT(nn.Module):
             return {p for layer in layers for p in layer.parameters(recurse=False) if p.dim() == 2}
 
         decayed = matrices(nn.Linear) - matrices(nn.Embedding)
-        if self.is_tied:
+        # Another module may borrow this method.
+        if getattr(self, "is_tied", False):
             decayed.discard(self.lm_head.weight)
         # Parameters keep their order, which a checkpoint needs.
         first = [p for p in self.parameters() if p in decayed]

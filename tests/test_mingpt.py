@@ -750,6 +750,25 @@ class OwnLoop(unittest.TestCase):
             losses.append(loss.item())
         self.assertLess(losses[-1], 0.7 * losses[0])
 
+    def test_another_module_may_borrow_methods(self):
+        class Other(nn.Module):
+            block_size = 8
+            configure_optimizers = GPT.configure_optimizers
+            generate = GPT.generate
+
+            def __init__(self):
+                super().__init__()
+                self.layers = nn.Sequential(nn.Embedding(11, 16), nn.Linear(16, 11))
+
+            def forward(self, idx, targets=None):
+                return self.layers(idx), None
+
+        other = Other()
+        groups = other.configure_optimizers(Trainer.get_default_config()).param_groups
+        self.assertIs(groups[0]["params"][0], other.layers[1].weight)
+        self.assertEqual([len(group["params"]) for group in groups], [1, 2])
+        self.assertEqual(other.generate(torch.zeros(2, 3, dtype=torch.long), 9).shape, (2, 12))
+
     def test_a_group_that_is_added_decays_by_torchs_default(self):
         optimizer = GPT(tiny_config()).configure_optimizers(Trainer.get_default_config())
         parameter = nn.Parameter(torch.ones(3))
