@@ -65,7 +65,9 @@ class CfgNode(SimpleNamespace):
         values: dict = {}
         for name, value in vars(self).items():
             if isinstance(value, CfgNode):
-                values |= {f"{name}.{inner}": field for inner, field in value.fields().items()}
+                # A field may be called fields.
+                inner = CfgNode.fields(value)
+                values |= {f"{name}.{key}": field for key, field in inner.items()}
             else:
                 values[name] = value
         return values
@@ -86,7 +88,7 @@ class CfgNode(SimpleNamespace):
         comments beside them in the caller's function get_config, and exits. Raises
         ValueError, with nothing changed, for an unknown field or a value of another type.
         """
-        fields = self.fields()
+        fields = CfgNode.fields(self)
         if "--help" in args or "-h" in args:
             get_config = sys._getframe(1).f_globals.get("get_config")
             comments = _read_comments(get_config) if get_config else {}

@@ -68,6 +68,11 @@ class Configuration(unittest.TestCase):
                     self.assertEqual(config.fields(), get_config().fields() | {name: value})
                     self.assertIs(type(config.fields()[name]), type(value))
 
+    def test_a_field_may_be_called_fields(self):
+        config = CfgNode(fields=1, data=CfgNode(fields=2))
+        config.merge_from_args(["--fields=3", "--data.fields=4"])
+        self.assertEqual(config.to_dict(), {"fields": 3, "data": {"fields": 4}})
+
     def test_a_mistake_is_named_and_changes_nothing(self):
         for arg, message in (
             ("--data.n_heads=3", "no setting --data.n_heads; did you mean data.n_head\\?"),
