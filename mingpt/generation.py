@@ -38,24 +38,28 @@ def write(model: Any, idx: Tensor, max_new_tokens: int, temperature: float, do_s
 
     Returns the new tokens, (B, 1) each, and how to turn gradients off while asking for one.
     """
-    # A vocabulary of one's own may be unknown.
-    wte = getattr(getattr(model, "transformer", None), "wte", None)
-    V = wte.weight.size(0) if isinstance(wte, nn.Embedding) else math.inf
     if idx.dim() != 2 or idx.size(1) == 0:
         raise ValueError(f"got a prompt of shape {tuple(idx.shape)}, "
                          "expected (B, T) with one token or more a row")
-    if idx.numel() > 0 and not 0 <= idx.min() <= idx.max() < V:
-        raise ValueError(f"got tokens from {idx.min()} to {idx.max()}, expected 0 to {V - 1}")
+
+    foreign = foreign_methods(model)
+    wte = getattr(getattr(model, "transformer", None), "wte", None)
+    # A part of one's own may know more tokens than the embedding.
+    if isinstance(wte, nn.Embedding) and not foreign and idx.numel() > 0:
+        V = wte.weight.size(0)
+        if not 0 <= idx.min() <= idx.max() < V:
+            raise ValueError(f"got tokens from {idx.min()} to {idx.max()}, expected 0 to {V - 1}")
+
     settings = CN(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     check_config(settings, RULES)
     choose = make_choice(temperature, do_sample, top_k, top_p)
 
-    foreign = foreign_methods(model)
     is_known = can_cache(model, foreign)
     cache = None
     if use_cache and is_known:
         room = min(idx.size(1) + max_new_tokens, model.block_size)
         cache = [KVCache(room) for _ in model.transformer.h]
+
     tokens = _write(model, idx, max_new_tokens, choose, stop_token, cache)
     # Inference mode is faster, but nobody learns from its tensors. A part of
     # one's own may keep some, attention with fused=False keeps its weights.
@@ -188,20 +192,21 @@ def can_cache(model: Any, foreign: list) -> bool:
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
         return False
 
+    parts: set = set()
     for block in blocks:
         attention = getattr(block, "attn", block)
         if not takes_cache(block.forward) or not takes_cache(attention.forward):
             return False
+        parts.update(attention.modules())
 
     for module in model.modules():
-        # Attention by a mask of its own may look ahead. A scripted module's
-        # buffers have no method get.
-        if has_hooks(module) or dict(module._buffers).get("_mask") is not None:
+        if has_hooks(module):
             return False
-    # Attention in another place, such as a head, gets no cache.
-    parts = {part for block in blocks for part in getattr(block, "attn", block).modules()}
-    if any("_mask" in module._buffers for module in set(model.modules()) - parts):
-        return False
+        # Attention by a mask of its own may look ahead. In another place, such as
+        # a head, it gets no cache.
+        if "_mask" in module._buffers:
+            if module._buffers["_mask"] is not None or module not in parts:
+                return False
     return all(map(takes_cache, foreign))
 
 

@@ -712,6 +712,14 @@ class Generation(WithModel):
             self.assertEqual(model.generate(torch.tensor([[1, 2, 0]]), 4).tolist(),
                              [[1, 2, 0, 3, 6, 1, 2]])
 
+    def test_tokens_beyond_the_embedding_are_for_a_part_that_knows_them(self):
+        class Padded(GPT):
+            def forward(self, idx, targets=None):
+                return super().forward(idx.clamp(min=0), targets)
+
+        model = Padded(tiny_config()).double()
+        padded = model.generate(torch.tensor([[-1, 3]]), 5)
+        self.assertTrue(padded[:, 1:].equal(model.generate(torch.tensor([[0, 3]]), 5)[:, 1:]))
 
     def test_tensors_that_are_kept_may_be_used_in_training(self):
         class Scaled(NewGELU):
