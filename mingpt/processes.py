@@ -117,15 +117,15 @@ class Signals:
     def __init__(self) -> None:
         # The number of the signal.
         self.received: int | None = None
-        self._time = 0.0
+        self._received_at = 0.0
         self._before: dict = {}
 
     def _note(self, number: int, frame: Any) -> None:
         # torchrun passes Ctrl-C on, so it may come twice within a second.
-        if self.received is not None and time.monotonic() > self._time + 1:
+        if self.received is not None and time.monotonic() > self._received_at + 1:
             raise KeyboardInterrupt
         self.received = number
-        self._time = time.monotonic()
+        self._received_at = time.monotonic()
 
     def __enter__(self) -> "Signals":
         # Other threads get no signals.

@@ -132,6 +132,7 @@ class Trainer:
         network = self.make_network()
         try:
             self.trigger_callbacks("on_train_start")
+            # However the run ends, workers that prepare batches end with it.
             with contextlib.closing(self.draw_batches()) as batches:
                 while not self.is_done():
                     start = time.perf_counter()

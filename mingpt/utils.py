@@ -190,7 +190,7 @@ def fill_in(config, defaults: dict, owner: str) -> None:
     A field without a default is a warning in the log.
     """
     for name, value in defaults.items():
-        # The class of the configuration may have it.
+        # A value of the configuration's class becomes its own.
         setattr(config, name, getattr(config, name, value))
     for name, value in list(vars(config).items()):
         # A class that serves as a configuration has fields such as __module__.
