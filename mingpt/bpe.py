@@ -208,9 +208,9 @@ class Encoder:
 
         return {"bpe_idx": self.encode(text), "tokens": words, "parts": parts}
 
-    def decode(self, tokens: Iterable) -> str:
+    def decode(self, bpe_idx: Iterable) -> str:
         """Turns a row of tokens (list, array, tensor) into text; broken characters are U+FFFD."""
-        numbers = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+        numbers = bpe_idx.tolist() if hasattr(bpe_idx, "tolist") else bpe_idx
         return self._bytes_of(numbers).decode("utf-8", errors="replace")
 
     def decode_stream(self, tokens: Iterable) -> Iterator[str]:

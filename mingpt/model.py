@@ -388,13 +388,13 @@ class GPT(nn.Module):
         return one_by_one(self, tokens, no_gradients)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> "Self":
+    def from_pretrained(cls, model_type: str | Path) -> "Self":
         """Loads a model of the GPT-2 type, in eval mode.
 
-        name: "gpt2", "owner/name" on the Hugging Face hub, or a folder.
+        model_type: "gpt2", "owner/name" on the Hugging Face hub, or a folder.
         """
         from mingpt.pretrained import load_pretrained
-        return load_pretrained(cls, name)
+        return load_pretrained(cls, model_type)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a folder that from_pretrained and transformers' GPT2LMHeadModel load."""

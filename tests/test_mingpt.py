@@ -6,6 +6,7 @@ Programs as people write them for minGPT: they run, with minGPT's meaning.
 
 import contextlib
 import copy
+import inspect
 import math
 import unittest
 import warnings
@@ -21,6 +22,7 @@ from torch.utils.data import TensorDataset
 from common import tiny_config, tiny_gpt, uses_cache
 from mingpt import model as model_module
 from mingpt import trainer as trainer_module
+from mingpt.bpe import BPETokenizer, Encoder
 from mingpt.data import TokenDataset
 from mingpt.generation import KVCache
 from mingpt.model import GPT, MLP, Block, CausalSelfAttention, NewGELU
@@ -94,6 +96,24 @@ class Scripts(unittest.TestCase):
         self.assertEqual((model.block_size, block.attn.n_head, block.attn.n_embd), (8, 2, 16))
         x = torch.randn(1, 3, 16)
         self.assertTrue(torch.equal(block.mlpf(x), block.mlp(x)))
+
+    def test_arguments_have_minGPTs_names_and_order(self):
+        for function, names in (
+            (GPT, "config"), (GPT.forward, "self idx targets"), (Block.forward, "self x"),
+            (GPT.generate, "self idx max_new_tokens temperature do_sample top_k"),
+            (GPT.from_pretrained, "model_type"), (GPT._init_weights, "self module"),
+            (GPT.configure_optimizers, "self train_config"),
+            (Trainer, "config model train_dataset"),
+            (Trainer.add_callback, "self onevent callback"),
+            (Trainer.set_callback, "self onevent callback"),
+            (Trainer.trigger_callbacks, "self onevent"),
+            (Encoder, "encoder bpe_merges"), (Encoder.encode, "self text"),
+            (Encoder.decode, "self bpe_idx"), (BPETokenizer.__call__, "self text return_tensors"),
+            (BPETokenizer.decode, "self idx"), (CfgNode.merge_from_dict, "self d"),
+            (CfgNode.merge_from_args, "self args"), (set_seed, "seed"),
+        ):
+            expected = names.split()
+            self.assertEqual([*inspect.signature(function).parameters][:len(expected)], expected)
 
     def test_the_config_is_completed_and_builds_a_second_model(self):
         config = tiny_config(model_type="gpt-nano", n_layer=None, n_head=None, n_embd=None)
