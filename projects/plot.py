@@ -46,7 +46,7 @@ def draw_run(losses, rates, rows: list[dict], color: str, name: str) -> None:
     steps = [row["iteration"] for row in train]
     losses.plot(steps, [row["loss"] for row in train], color=color, lw=0.8, alpha=0.6,
                 label=f"{name}training batch")
-    rates.plot(steps, [row["lr"] for row in train], color=color)
+    rates.plot(steps, [row.get("lr") for row in train], color=color)
     if val:
         losses.plot([row["iteration"] for row in val], [row["loss"] for row in val], "o-",
                     color=color, ms=3, label=f"{name}validation")

@@ -29,7 +29,7 @@ TEXT = "--data.path=in.txt --data.block_size=8"
 RUNS = [
     ("adder/adder.py", TINY_ADDER, "test: [0-9]+ of 20 sums exact"),
     ("adder/inside.py", "", "the vector of s1 carries after block 0"),
-    ("plot.py", "out/adder/metrics.jsonl", "metrics.png"),
+    ("plot.py", "out/adder/metrics.jsonl rows.jsonl", "metrics.png"),
     ("reinforce/reinforce.py", f"{TINY_ADDER} --system.start=0 --trainer.log_interval=1",
      "step      2  held out .*; by carries"),
     ("reinforce/reinforce.py", f"{TINY_ADDER} --system.start=0 --system.rewards=False",
@@ -90,6 +90,9 @@ class Projects(WorkingFolder):
         self.patch(mock.patch.dict(os.environ, environment))
         (self.folder / "in.txt").write_text("one two three\n" * 400, encoding="utf-8")
         (self.folder / "same.txt").write_text("a" * 99, encoding="utf-8")
+        # A callback may add rows of its own, without a learning rate.
+        row = '{"iteration": 1, "split": "train", "loss": 2.5}\n'
+        (self.folder / "rows.jsonl").write_text(row, encoding="utf-8")
         (self.folder / "dialogs.txt").write_text("ping\npong\n\n" * 3, encoding="utf-8")
 
     def test_each_says_how_it_is_run_and_help_names_every_setting(self):
