@@ -224,8 +224,9 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         forward = "features" if module is model else "forward"
         for field in (forward, "attend", "compute_qkv", "mlpf", "eps", "n_head", "approximate"):
             value = getattr(module, field, None)
-            # Methods of two modules are the same if their function is.
-            parts[f"{name}.{field}"] = getattr(value, "__func__", value)
+            # Methods of two modules are the same if their function is. The whole
+            # model has no name.
+            parts[f"{name}.{field}".lstrip(".")] = getattr(value, "__func__", value)
 
         mask = getattr(module, "_mask", None)
         is_causal = mask is None or torch.equal(mask != 0, torch.ones_like(mask).tril() != 0)

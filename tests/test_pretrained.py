@@ -304,7 +304,7 @@ class Saving(Seeded):
             ("lm_head", nn.Linear(16, 11)), ("extra", nn.Linear(2, 2)),
             ("transformer.h.0.mlp", nn.Sequential(nn.Linear(16, 16))),
             ("transformer.h.2", Block(tiny_gpt().config)),
-            ("transformer.h.1.mlpf", lambda x: x),
+            ("transformer.h.1.mlpf", lambda x: x), ("features", lambda x: x),
             ("transformer.h.0.ln_1.forward", lambda x: x),
         ):
             model = tiny_gpt()
