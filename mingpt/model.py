@@ -151,8 +151,7 @@ class CausalSelfAttention(nn.Module):
 
     @bias.setter
     def bias(self, mask: Any) -> None:
-        self.register_buffer("_mask", mask, persistent=False)
-        self.fused = False
+        self.register_buffer("bias", mask)
 
     @bias.deleter
     def bias(self) -> None:
@@ -160,7 +159,8 @@ class CausalSelfAttention(nn.Module):
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         if name == "bias":
-            self.bias = tensor
+            super().register_buffer("_mask", tensor, persistent=False)
+            self.fused = False
         else:
             super().register_buffer(name, tensor, persistent)
 
