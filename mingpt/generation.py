@@ -61,11 +61,11 @@ def write(model: Any, idx: Tensor, max_new_tokens: int, temperature: float, do_s
         cache = [KVCache(room) for _ in model.transformer.h]
 
     tokens = _write(model, idx, max_new_tokens, choose, stop_token, cache)
-    # Inference mode is faster, but nobody learns from its tensors. A part of
-    # one's own may keep some, attention with fused=False keeps its weights.
-    if is_known and not foreign:
-        if all(getattr(block, "attn", block).fused for block in model.transformer.h):
-            return tokens, torch.inference_mode
+    # Inference mode is faster, but autograd refuses its tensors. A part of one's
+    # own may keep some, and attention with fused=False keeps its weights.
+    is_fused = all(getattr(module, "fused", True) for module in model.modules())
+    if is_known and not foreign and is_fused:
+        return tokens, torch.inference_mode
     return tokens, torch.no_grad
 
 
@@ -192,22 +192,25 @@ def can_cache(model: Any, foreign: list) -> bool:
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
         return False
 
-    parts: set = set()
+    with_cache = 0
     for block in blocks:
         attention = getattr(block, "attn", block)
         if not takes_cache(block.forward) or not takes_cache(attention.forward):
             return False
-        parts.update(attention.modules())
+        with_cache += sum("_mask" in part._buffers for part in attention.modules())
 
-    for module in model.modules():
+    everywhere = 0
+    # A module that stands in several places counts in each.
+    for _, module in model.named_modules(remove_duplicate=False):
         if has_hooks(module):
             return False
-        # Attention by a mask of its own may look ahead. In another place, such as
-        # a head, it gets no cache.
         if "_mask" in module._buffers:
-            if module._buffers["_mask"] is not None or module not in parts:
+            everywhere += 1
+            # Attention by a mask of its own may look ahead.
+            if module._buffers["_mask"] is not None:
                 return False
-    return all(map(takes_cache, foreign))
+    # Attention in another place, such as a head, gets no cache.
+    return everywhere == with_cache and all(map(takes_cache, foreign))
 
 
 def foreign_methods(model: nn.Module) -> list:

@@ -517,11 +517,14 @@ class Masks(WithModel):
         def register(attn):
             attn.register_buffer("bias", torch.ones(1, 1, 8, 8))
 
+        def assign_buffer(attn):
+            attn.bias = nn.Buffer(torch.ones(1, 1, 8, 8))
+
         def edit(attn):
             attn.bias[:] = 1
 
         self.assertFalse(self.sees_ahead(self.model))
-        for change in (assign, register, edit):
+        for change in (assign, register, assign_buffer, edit):
             with self.subTest(change.__name__):
                 model = copy.deepcopy(self.model)
                 for block in model.transformer.h:
@@ -684,6 +687,19 @@ class Generation(WithModel):
                 model.set_submodule(place, nn.Sequential(model.get_submodule(place), block))
                 self.assertFalse(uses_cache(model))
                 self.check_generation(model)
+
+    def test_attention_that_stands_in_two_places(self):
+        for place in ("transformer.ln_f", "transformer.h.1.mlp"):
+            with self.subTest(place):
+                model = copy.deepcopy(self.model)
+                model.set_submodule(place, model.transformer.h[0].attn)
+                self.assertFalse(uses_cache(model))
+                self.check_generation(model)
+
+    def test_a_block_in_place_of_attention(self):
+        self.model.transformer.h[0].attn = Block(tiny_config()).double()
+        self.assertTrue(uses_cache(self.model))
+        self.check_generation(self.model)
 
     def test_a_model_of_other_parts(self):
         class Other(GPT):
