@@ -131,8 +131,9 @@ class Signals:
         # Other threads get no signals.
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                # A signal that nohup ignores stays ignored.
-                if signal.getsignal(number) != signal.SIG_IGN:
+                # nohup wants a signal ignored. Python cannot put back None, a
+                # handler of the program in C that Python runs in.
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._note)
         return self
 
