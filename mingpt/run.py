@@ -237,6 +237,10 @@ class Run(Trainer):
             checkpoint.save_checkpoint(path, self._content(states))
 
     def _content(self, random_states: list) -> dict:
+        # A resumed run carries the state over: without one it would lose momentum.
+        if not hasattr(self.optimizer, "state"):
+            raise ValueError(f"got a {type(self.optimizer).__name__} as the optimizer, which a "
+                             "checkpoint cannot hold; expected a torch.optim.Optimizer")
         return {
             "model": checkpoint.model_state(self.model),
             "model_config": checkpoint.plain_settings(getattr(self.model, "config", {})),

@@ -239,6 +239,12 @@ class Stops(Folder):
         with processes.Signals():
             self.assertIs(signal.getsignal(signal.SIGTERM), signal.SIG_IGN)
 
+    def test_a_handler_in_c_is_left_alone(self):
+        # Python runs in another program and cannot put that handler back.
+        with (mock.patch("signal.getsignal", return_value=None),
+              mock.patch("signal.signal") as install, processes.Signals()):
+            install.assert_not_called()
+
     def test_another_thread_gets_no_signals(self):
         run = make_run()
         with concurrent.futures.ThreadPoolExecutor() as threads:
@@ -466,6 +472,22 @@ class Checkpoints(Folder):
             max_iters = 2
 
         self.assertEqual(checkpoint.plain_settings(Settings)["max_iters"], 2)
+
+    def test_an_optimizer_whose_state_would_be_lost_is_refused(self):
+        class Around:
+            def __init__(self, optimizer):
+                self.step = optimizer.step
+                self.param_groups = optimizer.param_groups
+                self.state_dict = optimizer.state_dict
+
+        class Mine(GPT):
+            def configure_optimizers(self, train_config):
+                return Around(super().configure_optimizers(train_config))
+
+        make_run(Mine(tiny_config(vocab_size=5)), log_interval=1).run()
+        with self.assertRaisesRegex(ValueError, "got a Around as the optimizer"):
+            make_run(Mine(tiny_config(vocab_size=5)), work_dir=self.folder).run()
+        self.assertEqual(contents(self.folder), {})
 
     def test_damaged_files_are_refused_or_as_good_as_whole(self):
         make_run(max_iters=2, work_dir=self.folder).run()
