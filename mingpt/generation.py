@@ -197,7 +197,8 @@ def can_cache(model: Any, foreign: list) -> bool:
         attention = getattr(block, "attn", block)
         if not takes_cache(block.forward) or not takes_cache(attention.forward):
             return False
-        with_cache += sum("_mask" in part._buffers for part in attention.modules())
+        # One attention of a block gets its cache.
+        with_cache += any("_mask" in part._buffers for part in attention.modules())
 
     everywhere = 0
     # A module that stands in several places counts in each.

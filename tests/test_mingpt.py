@@ -679,7 +679,8 @@ class Generation(WithModel):
                     self.check_generation(model)
 
     def test_attention_in_another_place(self):
-        places = {"lm_head": 11, "transformer.ln_f": 16, "transformer.h.0.mlp": 16}
+        places = {"lm_head": 11, "transformer.ln_f": 16, "transformer.h.0.mlp": 16,
+                  "transformer.h.0.attn.c_proj": 16}
         for place, width in places.items():
             with self.subTest(place):
                 model = copy.deepcopy(self.model)
