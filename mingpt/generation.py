@@ -9,6 +9,7 @@ Both ways give the same tokens.
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,9 +20,10 @@ from mingpt.utils import CN, check_config, eval_mode
 
 # Rules for settings: names, test of a value, what the error says is expected.
 RULES = (
-    ("max_new_tokens", lambda v: v >= 0, "a whole number, 0 or more"),
+    ("max_new_tokens", lambda v: operator.index(v) >= 0, "a whole number, 0 or more"),
     ("temperature", lambda v: 0 <= v < math.inf, "0 (greedy) or more"),
-    ("top_k", lambda v: v is None or v >= 1, "a whole number above 0, or None for all tokens"),
+    ("top_k", lambda v: v is None or operator.index(v) >= 1,
+     "a whole number above 0, or None for all tokens"),
     ("top_p", lambda v: v is None or 0 < v <= 1, "a share up to 1, or None for all tokens"),
 )
 # Modules of torch that treat each token for itself.

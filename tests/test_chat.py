@@ -163,6 +163,7 @@ class Talk(WorkingFolder):
         tiny_gpt().save_pretrained("other")
         save_encoder(chat.Encoder({"a": 0}, []), "other")
         for message, *args in (("top_p=2", "--model=parrot", "--top_p=2"),
+                               ("top_k=2.5", "--model=parrot", "--top_k=2.5"),
                                ("lacks <.endoftext.>", "--model=other")):
             status, printed, errors = run_here(chat.main, *args)
             self.assertEqual((status, printed), (2, ""))

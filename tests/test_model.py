@@ -362,8 +362,10 @@ class Generate(unittest.TestCase):
             (idx[0], {}, "shape"),
             (idx + 11, {}, "tokens from 11 to 11, expected 0 to 10"),
             (idx, dict(max_new_tokens=-1), "max_new_tokens=-1"),
+            (idx, dict(max_new_tokens=5.0), "max_new_tokens=5.0"),
             (idx, dict(temperature=math.nan), "temperature=nan"),
             (idx, dict(top_k=0), "top_k=0"),
+            (idx, dict(top_k=2.5), "top_k=2.5"),
             (idx, dict(top_p=0.0), "top_p=0"),
         ):
             settings = dict(max_new_tokens=3, do_sample=True) | settings
