@@ -63,8 +63,8 @@ def write(model: Any, idx: Tensor, max_new_tokens: int, temperature: float, do_s
         cache = [KVCache(room) for _ in model.transformer.h]
 
     tokens = _write(model, idx, max_new_tokens, choose, stop_token, cache)
-    # Inference mode is faster, but autograd refuses its tensors. A part of one's
-    # own may keep some, and attention with fused=False keeps its weights.
+    # Inference mode is faster, but autograd refuses its tensors. A part of
+    # one's own may keep some, and attention with fused=False its weights.
     is_fused = all(getattr(module, "fused", True) for module in model.modules())
     if is_known and not foreign and is_fused:
         return tokens, torch.inference_mode
@@ -162,7 +162,7 @@ class KVCache:
     def __init__(self, max_length: int):
         self.max_length = max_length
         self.length = 0
-        # Tells how attention read the prompt.
+        # Attention reads new tokens as it read the prompt: by kernel or not.
         self.uses_kernel = False
         self.k: Tensor | None = None  # (B, nh, max_length, hs)
         self.v: Tensor | None = None  # (B, nh, max_length, hs)

@@ -84,7 +84,7 @@ class CausalSelfAttention(nn.Module):
         qkv = self.compute_qkv(x) if cache is None else self.compute_qkv(x, cache=cache)
         q, k, v = qkv  # three of (B, nh, T, hs)
 
-        # A single token after a prompt needs no mask: all others stand before it.
+        # A token after a prompt needs no mask: all others stand before it.
         is_causal = cache is None or cache.k is None
         uses_kernel = self.uses_kernel() if cache is None or is_causal else cache.uses_kernel
         if cache is not None:

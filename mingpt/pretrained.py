@@ -70,7 +70,8 @@ TOKENIZER_CHOICES: dict[str, dict[str, tuple]] = {
 class SkipInit(TorchFunctionMode):
     """Draws no fresh weights: they would cost seconds, and random numbers of the caller's seed."""
 
-    # torch calls this in place of each function; init's get `tensor` by name.
+    # torch calls this in place of each function. The functions of torch.nn.init
+    # get `tensor` by name.
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -386,7 +387,8 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
         except ImportError:
             raise ImportError(f"to read {path}: {INSTALL}") from None
         except Exception:
-            # Of many kinds; torch's would advise to load it without its guard.
+            # Errors are of many kinds. torch's would advise to load the file
+            # without its guard.
             raise ValueError(f"{path} cannot be read as weights: it is missing or damaged, or "
                              "holds more than tensors and their names") from None
     for key, tensor in tensors.items():

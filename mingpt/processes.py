@@ -38,7 +38,7 @@ def is_connected() -> bool:
 
 
 def choose_device(name: str) -> str:
-    """Returns the device to compute on, which "auto" finds; ValueError if it is not here."""
+    """Returns the device to compute on; "auto" finds one. ValueError if it is not here."""
     device = name
     if name == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")

@@ -237,7 +237,7 @@ class Run(Trainer):
             checkpoint.save_checkpoint(path, self._content(states))
 
     def _content(self, random_states: list) -> dict:
-        # A resumed run carries the state over: without one it would lose momentum.
+        # A resumed run carries the state over, or momentum would be lost.
         if not hasattr(self.optimizer, "state"):
             raise ValueError(f"got a {type(self.optimizer).__name__} as the optimizer, which a "
                              "checkpoint cannot hold; expected a torch.optim.Optimizer")

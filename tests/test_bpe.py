@@ -113,7 +113,7 @@ class Merges(unittest.TestCase):
         self.assertEqual(encoder.bpe(token), " ".join(encoder._merge(token)))
 
     def test_merges_reach_every_token_of_gpt2(self):
-        """Allows to look a word up before it is merged."""
+        """Checks why a word may be looked up before it is merged."""
         for token in ENCODER.whole_words.keys() - {EOT}:
             self.assertEqual(ENCODER._merge(token), [token])
 

@@ -81,7 +81,7 @@ class Oracle(unittest.TestCase):
 
         for fused in (True, False):
             set_fused(self.model, fused)
-            # The slope of the loss, which is the oracle's, at random.
+            # This compares slopes in a random direction.
             self.assertTrue(gradcheck(loss, parameters, fast_mode=True))
 
     def test_a_cache_changes_nothing(self):
@@ -137,7 +137,7 @@ class Config(unittest.TestCase):
             made = (len(parts.h), parts.h[0].attn.n_head, parts.wte.embedding_dim)
             self.assertEqual(made, sizes)
             if name == "gpt2":
-                # OpenAI's checkpoint has as many. Its own head does not count.
+                # OpenAI's checkpoint has as many, without a separate head.
                 self.assertIn("number of parameters: 124.44M", logged.output[-1])
 
     def test_mistakes_are_named_and_change_nothing(self):

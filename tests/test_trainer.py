@@ -214,7 +214,7 @@ class Targets(unittest.TestCase):
             trainer = make_trainer(no_dropout().double(), max_iters=1, grad_norm_clip=clip)
             trainer.run()
             norm = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm()
-            # grad_norm is the length before. torch adds 1e-6 to it to divide.
+            # grad_norm is the length before. torch divides by 1e-6 more.
             expected = clip if shortened else trainer.grad_norm.item()
             self.assertAlmostEqual(norm.item(), expected, delta=1e-5 * expected)
             self.assertGreater(trainer.grad_norm.item(), 0.01)

@@ -37,7 +37,7 @@ class Pairs(torch.utils.data.Dataset):
 
 
 class Masked(Pairs):
-    """Leaves none to all of the targets to count, and none in two rows of three."""
+    """Lets none to all of the targets count, and none in two rows of three."""
 
     def __getitem__(self, index):
         x, y = super().__getitem__(index)

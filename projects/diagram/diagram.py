@@ -18,7 +18,8 @@ matplotlib.use("Agg")
 matplotlib.rcParams["svg.hashsalt"] = "minGPT"
 METADATA = {"Date": None}
 
-# Each colour's name says which part it paints: on a white page, on a dark one.
+# The colours have the names of the parts: here for a white page, then for a
+# dark one.
 LIGHT = {
     "text": "#1f2328", "shape": "#59636e", "edge": "#8c959f", "panel": "#f6f8fa",
     "embedding": "#ddf4ff", "attention": "#fff1cc", "mlp": "#dafbe1", "head": "#fbe4f2",
