@@ -65,9 +65,10 @@ def write(model: Any, idx: Tensor, max_new_tokens: int, temperature: float, do_s
     tokens = _write(model, idx, max_new_tokens, choose, stop_token, cache)
     # Inference mode is faster, but autograd refuses its tensors. A part of
     # one's own may keep some, and attention with fused=False its weights.
-    is_fused = all(getattr(module, "fused", True) for module in model.modules())
-    if is_known and not foreign and is_fused:
-        return tokens, torch.inference_mode
+    if is_known and not foreign:
+        attentions = [getattr(block, "attn", block) for block in model.transformer.h]
+        if all(getattr(attention, "fused", True) for attention in attentions):
+            return tokens, torch.inference_mode
     return tokens, torch.no_grad
 
 

@@ -58,6 +58,8 @@ class Run(Trainer):
         check_config(config, RULES)
         if not work_dir and (config.resume or config.keep_best):
             raise ValueError("got resume or keep_best without a folder, expected work_dir")
+        if getattr(config, "work_dir", ""):
+            raise ValueError("got work_dir in the settings, expected it as an argument of Run")
         if val_dataset is not None:
             count_examples(val_dataset)
 

@@ -69,7 +69,8 @@ class Trainer:
         """
         # A subclass may have defaults of its own, but not all of these.
         defaults = vars(Trainer.get_default_config()) | vars(self.get_default_config())
-        fill_in(config, defaults, type(self).__name__)
+        owner = "Trainer (see Run)" if type(self) is Trainer else type(self).__name__
+        fill_in(config, defaults, owner)
         self.config = config
         check_config(config, RULES)
         if config.min_lr > config.learning_rate:

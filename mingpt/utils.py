@@ -108,8 +108,8 @@ class CfgNode(SimpleNamespace):
             if name == option:
                 raise ValueError(f"got {word}, expected --name=value (--help lists all names)")
             if name not in fields:
-                raise ValueError(f"there is no setting {option}{_suggest(name, fields)} "
-                                 "(--help lists them all)")
+                raise ValueError(f"there is no setting {option}{_suggest(name, fields)}; "
+                                 "--help lists them all")
             if not equals:
                 # The next word is the value, unless it is an option.
                 text = next(words, "--")
@@ -175,29 +175,30 @@ OTHER_NAMES = {"lr": "learning_rate", "dropout": "embd_pdrop resid_pdrop attn_pd
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
-    """Returns a hint: ("lr", ["learning_rate"]) -> "; did you mean learning_rate?"."""
+    """Returns a hint: ("lr", ["learning_rate"]) -> " (did you mean learning_rate?)"."""
     last = name.rpartition(".")[2]
     meant = OTHER_NAMES.get(last, last).split()
     near = [field for field in known if field.rpartition(".")[2] in meant]
     if not near:
         near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {', '.join(near)}?" if near else ""
+    return f" (did you mean {', '.join(near)}?)" if near else ""
 
 
 def fill_in(config, defaults: dict, owner: str) -> None:
     """Gives a configuration the fields that it lacks, and Python's own numbers for NumPy's.
 
-    A field without a default is a warning in the log.
+    One line of the log names the fields without a default.
     """
     for name, value in defaults.items():
         # A value of the configuration's class becomes its own.
         setattr(config, name, getattr(config, name, value))
-    for name, value in list(vars(config).items()):
-        # A class that serves as a configuration has fields such as __module__.
-        if not name.startswith("_"):
-            setattr(config, name, to_python(value))
-            if name not in defaults:
-                logger.warning(f"{owner} does not use {name}{_suggest(name, defaults)}")
+    # A class that serves as a configuration has fields such as __module__.
+    fields = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    for name, value in fields.items():
+        setattr(config, name, to_python(value))
+    unused = [name + _suggest(name, defaults) for name in fields if name not in defaults]
+    if unused:
+        logger.warning(f"{owner} does not use {', '.join(unused)}")
 
 
 def to_python(value):

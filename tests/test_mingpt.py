@@ -1031,5 +1031,4 @@ class Runs(unittest.TestCase):
             model = GPT(tiny_config())
             make_trainer(model, work_dir="out", eval_interval=10).run()
         self.assertEqual([record.getMessage() for record in logged.records][1:], [
-            "Trainer does not use work_dir", "Trainer does not use eval_interval",
-            "running on device cpu"])
+            "Trainer (see Run) does not use work_dir, eval_interval", "running on device cpu"])

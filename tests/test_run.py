@@ -183,6 +183,8 @@ class Reports(WorkingFolder):
         # Not after hours, at the first validation.
         with self.assertRaisesRegex(ValueError, "a list that is empty"):
             make_run(val_dataset=[])
+        with self.assertRaisesRegex(ValueError, "expected it as an argument"):
+            Run(CfgNode(work_dir="x"), no_dropout(), Pairs())
         with mock.patch.dict(os.environ, RANK="1"):
             with self.assertRaisesRegex(ValueError, "RANK without WORLD_SIZE"):
                 make_run()

@@ -75,7 +75,7 @@ class Configuration(unittest.TestCase):
 
     def test_a_mistake_is_named_and_changes_nothing(self):
         for arg, message in (
-            ("--data.n_heads=3", "no setting --data.n_heads; did you mean data.n_head\\?"),
+            ("--data.n_heads=3", "no setting --data.n_heads \\(did you mean data.n_head\\?\\); "),
             ("--n_head=3", "did you mean data.n_head\\?"), ("-seed=3", "got -seed=3, expected --"),
             ("data.n_head=3", "got data.n_head=3, expected --name=value"),
             ("--lr=3", "no setting --lr"), ("--data=3", "no setting --data"),
@@ -128,8 +128,8 @@ class Configuration(unittest.TestCase):
         self.assertIs(config.shape, shape)
         self.assertEqual([type(config.rate), type(config.betas[0])], [float, float])
         self.assertEqual([record.getMessage() for record in logged.records], [
-            "a test does not use lr; did you mean learning_rate?",
-            "a test does not use dropout; did you mean embd_pdrop, attn_pdrop?"])
+            "a test does not use lr (did you mean learning_rate?), "
+            "dropout (did you mean embd_pdrop, attn_pdrop?)"])
 
 
 class SeedsAndModes(unittest.TestCase):
