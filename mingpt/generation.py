@@ -195,26 +195,26 @@ def can_cache(model: Any, foreign: list) -> bool:
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
         return False
 
-    with_cache = 0
-    for block in blocks:
-        attention = getattr(block, "attn", block)
-        if not takes_cache(block.forward) or not takes_cache(attention.forward):
-            return False
-        # One attention of a block gets its cache.
-        with_cache += any("_mask" in part._buffers for part in attention.modules())
+    attentions = [getattr(block, "attn", block) for block in blocks]
+    if not all(takes_cache(part.forward) for part in [*blocks, *attentions]):
+        return False
+    # A second attention in a block, or one in a head, gets no cache.
+    counts = [count_attention(part) for part in attentions]
+    if max(counts) > 1 or sum(counts) < count_attention(model):
+        return False
 
-    everywhere = 0
-    # A module that stands in several places counts in each.
-    for _, module in model.named_modules(remove_duplicate=False):
-        if has_hooks(module):
+    for module in model.modules():
+        # Attention by a mask of its own may look ahead. A scripted module's
+        # buffers have no method get.
+        if has_hooks(module) or dict(module._buffers).get("_mask") is not None:
             return False
-        if "_mask" in module._buffers:
-            everywhere += 1
-            # Attention by a mask of its own may look ahead.
-            if module._buffers["_mask"] is not None:
-                return False
-    # Attention in another place, such as a head, gets no cache.
-    return everywhere == with_cache and all(map(takes_cache, foreign))
+    return all(map(takes_cache, foreign))
+
+
+def count_attention(part: nn.Module) -> int:
+    """Counts the library's attention in a part, once for each place where it stands."""
+    places = part.named_modules(remove_duplicate=False)
+    return sum("_mask" in module._buffers for _, module in places)
 
 
 def foreign_methods(model: nn.Module) -> list:
