@@ -223,9 +223,9 @@ class GPT(nn.Module):
         C.n_layer = None  # number of blocks
         C.n_head = None  # number of heads in each block
         # Dropout: the share of numbers that is set to 0 in training.
-        C.embd_pdrop = 0.1  # after the embedding
-        C.attn_pdrop = 0.1  # on the attention weights
-        C.resid_pdrop = 0.1  # on what a block adds to the residual stream
+        C.embd_pdrop = 0.1  # dropout after the embedding
+        C.attn_pdrop = 0.1  # dropout of attention weights
+        C.resid_pdrop = 0.1  # dropout of what a block adds to the residual stream
         C.tie_weights = False  # one matrix embeds the tokens and scores them at the end
         return C
 

@@ -7,8 +7,8 @@ Teaches a GPT to write like a text, character by character.
     python projects/chargpt/chargpt.py --system.mode=sample --system.prompt="The "
     python projects/chargpt/chargpt.py --help                       # every setting
 
-The first three take two minutes on a CPU; the data sets that are named are downloaded
-once. The fourth writes with the model that was saved last.
+Training takes three and a half minutes on one core; the data sets that are named are
+downloaded once. The fourth line writes with the model that was saved last.
 """
 
 import difflib
