@@ -73,6 +73,7 @@ class Trainer:
         fill_in(config, defaults, owner)
         self.config = config
         check_config(config, RULES)
+
         if config.min_lr > config.learning_rate:
             raise ValueError(f"got min_lr={config.min_lr}, expected at most "
                              f"learning_rate={config.learning_rate}")
@@ -80,22 +81,26 @@ class Trainer:
         if config.schedule != "constant" and not config.warmup_iters <= end < math.inf:
             raise ValueError(f"got schedule={config.schedule!r} that ends at step {end}, expected "
                              "a max_iters or lr_decay_iters from warmup_iters on")
+
         self.device = processes.choose_device(config.device)
         self.device_type = torch.device(self.device).type
         self.dtype = processes.choose_dtype(config.dtype, self.device_type)
         processes.connect()
         self.rank = processes.rank()
         self.world_size = processes.world_size()
+
         parts = self.world_size * config.grad_accum_steps
         if config.batch_size % parts:
             raise ValueError(f"got batch_size={config.batch_size}, expected a multiple of {parts}, "
                              "the number of processes times grad_accum_steps")
+
         self.train_dataset = train_dataset
         self.model: Any = model.to(self.device)
         logger.info(f"running on device {self.device}")
 
         self.callbacks: dict[str, list[Callable]] = defaultdict(list)
-        self.optimizer: Any = None  # made when run() starts
+        # run() makes it.
+        self.optimizer: Any = None
         # In float16 the loss is scaled, so that small gradients do not vanish.
         self.scaler = torch.amp.GradScaler(self.device_type, enabled=self.dtype == torch.float16)
         self.steps_done = 0
