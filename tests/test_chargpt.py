@@ -134,10 +134,14 @@ class DataSets(Server):
         for name, path in (("tinyshakespeare", "/input.txt"), ("enwik8", "/enwik8.zip")):
             good = self.files[path]
             wrong = [dict(body=b"something else")]
-            for answers, error in (([dict(status=500, body=b"")], OSError), (wrong, ValueError),
-                                   ([dict(good[0], send=50)], OSError)):
+            by_hand = f"put the text at {re.escape(str(self.folder))}"
+            for answers, error, words in (
+                ([dict(status=500, body=b"")], OSError, by_hand),
+                (wrong, ValueError, "wrong contents"),
+                ([dict(good[0], send=50)], OSError, by_hand),
+            ):
                 self.files[path] = answers
-                with self.assertRaises(error):
+                with self.assertRaisesRegex(error, words):
                     chargpt.find_text(name)
                 self.assertEqual(list(self.folder.iterdir()), [])
             self.files[path] = good

@@ -94,17 +94,23 @@ PART_CHARACTERS = 1 << 22
 def fetch(name: str) -> Path:
     """Returns the file of a data set in the cache folder; the first time it is downloaded.
 
-    Raises ValueError for contents other than expected, and then keeps nothing.
+    Raises OSError for a failed download, and ValueError for contents other than expected:
+    nothing is kept then.
     """
     address, sha1 = DATASETS[name]
     path = cache_folder() / name
     if path.is_file():
         return path
-    with requests.get(address, stream=True, timeout=30) as response:
-        response.raise_for_status()
-        size = int(response.headers.get("Content-Length", 0))
-        parts = response.iter_content(1 << 20)
-        content = b"".join(progress(parts, f"downloading {name}", math.ceil(size / (1 << 20))))
+    try:
+        with requests.get(address, stream=True, timeout=30) as response:
+            response.raise_for_status()
+            size = int(response.headers.get("Content-Length", 0))
+            parts = response.iter_content(1 << 20)
+            content = b"".join(progress(parts, f"downloading {name}", math.ceil(size / (1 << 20))))
+    except OSError as error:
+        raise OSError(f"the download failed: {error}. Get {address} in another way, and put "
+                      f"the text at {path}") from error
+
     wrong = f"{address} has the wrong contents; nothing was kept, try again"
     if address.endswith(".zip"):
         try:
