@@ -62,7 +62,7 @@ class Muon(torch.optim.Optimizer):
     def _step_matrix(self, matrix: torch.Tensor, grad: torch.Tensor, group: dict) -> None:
         state = self.state[matrix]
         if not state:
-            # Exponential moving averages of the gradient and of row squares.
+            # Exponential moving averages of the gradient and each row's square.
             state["gradient"] = torch.zeros_like(matrix)  # (m, n)
             state["row_square"] = torch.zeros_like(matrix[:, :1])  # (m, 1)
 

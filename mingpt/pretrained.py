@@ -362,7 +362,7 @@ def _check_choices(owner: str | Path, given: dict, choices: dict[str, tuple]) ->
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Returns the tensors of a folder, by the names that GPT2LMHeadModel has for them."""
-    # The parts of an index are not looked for by their pattern.
+    # The third name of a form is a pattern for the parts of an index.
     names = [name for form in WEIGHT_FILES for name in form[:2]]
     paths = [folder / name for name in names if (folder / name).is_file()]
     if not paths:
