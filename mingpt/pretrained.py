@@ -225,8 +225,8 @@ def _describe(model: nn.Module) -> dict[str, Any]:
         forward = "features" if module is model else "forward"
         for field in (forward, "attend", "compute_qkv", "mlpf", "eps", "n_head", "approximate"):
             value = getattr(module, field, None)
-            # Methods of two modules are the same if their function is. The whole
-            # model has no name.
+            # Methods of two modules are equal if their functions are. The
+            # whole model has no name.
             parts[f"{name}.{field}".lstrip(".")] = getattr(value, "__func__", value)
 
         mask = getattr(module, "_mask", None)
