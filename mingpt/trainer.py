@@ -112,10 +112,10 @@ class Trainer:
         self.seed = 0 if config.seed is None else int(config.seed)
         self.runs_done = 0
         self.is_stopping = False
-        # Tells whether a schedule sets the rates of the next step.
-        self.has_schedule = False
-        # Tells whether the next run() continues an earlier one.
+        # Tells whether the next run() continues an earlier one, and whether a
+        # schedule would have set the rates of that one's next step.
         self.goes_on = False
+        self.has_schedule = False
 
     def add_callback(self, onevent: str, callback: Callable) -> None:
         """Calls callback(trainer) at an event, after the callbacks added before."""
@@ -153,6 +153,7 @@ class Trainer:
                     self.after_step()
         except KeyboardInterrupt:
             self.goes_on = True
+            self.has_schedule = is_scheduled(vars(self.config), self.steps_done)
             logger.info(f"interrupted after step {self.steps_done}; run() goes on from there")
             raise
 
@@ -334,9 +335,7 @@ class Trainer:
 
     def set_rates(self) -> None:
         """Sets the learning rates of this step. Without a schedule they are left alone."""
-        settings = vars(self.config)
-        self.has_schedule = is_scheduled(settings, self.steps_done + 1)
-        if is_scheduled(settings, self.steps_done):
+        if is_scheduled(vars(self.config), self.steps_done):
             for group in self.optimizer.param_groups:
                 # A callback may have brought this group.
                 rate = group.setdefault("initial_lr", group["lr"])
