@@ -66,8 +66,7 @@ def write(model: Any, idx: Tensor, max_new_tokens: int, temperature: float, do_s
     # Inference mode is faster, but autograd refuses its tensors. A part of
     # one's own may keep some, and attention with fused=False its weights.
     if is_known and not foreign:
-        attentions = [getattr(block, "attn", block) for block in model.transformer.h]
-        if all(getattr(attention, "fused", True) for attention in attentions):
+        if all(getattr(part, "fused", True) for part in attentions(model.transformer.h)):
             return tokens, torch.inference_mode
     return tokens, torch.no_grad
 
@@ -195,11 +194,11 @@ def can_cache(model: Any, foreign: list) -> bool:
     if not isinstance(blocks, nn.ModuleList) or len(blocks) == 0:
         return False
 
-    attentions = [getattr(block, "attn", block) for block in blocks]
-    if not all(takes_cache(part.forward) for part in [*blocks, *attentions]):
+    parts = attentions(blocks)
+    if not all(takes_cache(part.forward) for part in [*blocks, *parts]):
         return False
     # A second attention in a block, or one in a head, gets no cache.
-    counts = [count_attention(part) for part in attentions]
+    counts = [count_attention(part) for part in parts]
     if max(counts) > 1 or sum(counts) < count_attention(model):
         return False
 
@@ -209,6 +208,11 @@ def can_cache(model: Any, foreign: list) -> bool:
         if has_hooks(module) or dict(module._buffers).get("_mask") is not None:
             return False
     return all(map(takes_cache, foreign))
+
+
+def attentions(blocks: Any) -> list:
+    """Returns the attention of each block; a block without one stands for itself."""
+    return [getattr(block, "attn", block) for block in blocks]
 
 
 def count_attention(part: nn.Module) -> int:
