@@ -112,9 +112,9 @@ class Trainer:
         self.seed = 0 if config.seed is None else int(config.seed)
         self.runs_done = 0
         self.is_stopping = False
-        # Tells whether the next run() continues an earlier one, and whether a
-        # schedule would have set the rates of that one's next step.
+        # Tells whether the next run() continues an earlier run.
         self.goes_on = False
+        # Tells whether the earlier run was under a schedule or in its warm-up.
         self.has_schedule = False
 
     def add_callback(self, onevent: str, callback: Callable) -> None:
